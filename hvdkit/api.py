@@ -1,0 +1,285 @@
+"""The convenience functions: ``import hvdkit as hvd``.  A thin face of one `Context`."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from hvdkit.config import Config
+from hvdkit.context import Context
+from hvdkit.dtypes import Average
+from hvdkit.errors import ArgumentError, NotInitializedError
+
+_context: Context | None = None
+_python_excepthook = sys.excepthook
+
+
+def init(comm: Any = None) -> None:
+    """Join the job.  Collective, blocking; starts MPI if nobody has.  Again: does nothing.
+
+    From here on an uncaught exception on one rank ends the whole job, after its traceback.
+
+    Args:
+        comm: an mpi4py intracommunicator, which is duplicated; None: all processes.
+
+    Raises:
+        LauncherError: MPI is missing, or sees one process where the launcher started more.
+        ConfigError: an environment variable does not parse.
+        MismatchError: the ranks' environments differ.
+        ArgumentError: already initialised, and `comm` given.
+    """
+    global _context  # noqa: PLW0603  (the one place that holds the state)
+    if _context is not None:
+        if comm is not None:
+            raise ArgumentError("hvdkit is initialised already; call shutdown() before init(comm)")
+        return
+    _context = Context(comm, Config.from_environment(os.environ))
+    if _context.group.size > 1:
+        sys.excepthook = _end_job
+    atexit.register(shutdown)
+
+
+def shutdown() -> None:
+    """Leave the job.  Collective; ``init()`` may follow.  Does nothing when not initialised."""
+    global _context
+    if _context is None:
+        return
+    leaving, _context = _context, None
+    if sys.excepthook is _end_job:
+        sys.excepthook = _python_excepthook
+    atexit.unregister(shutdown)
+    leaving.close()
+
+
+def is_initialized() -> bool:
+    """Return whether ``init()`` was called, and ``shutdown()`` not yet.  Local."""
+    return _context is not None
+
+
+def context() -> Context:
+    """Return the state behind these functions.  Local.
+
+    Raises:
+        NotInitializedError: ``init()`` was not called.
+    """
+    if _context is None:
+        raise NotInitializedError("hvdkit is not initialised: call hvd.init() first")
+    return _context
+
+
+def rank() -> int:
+    """Return this process's number, 0 to ``size() - 1``.  Local."""
+    return context().topology.rank
+
+
+def size() -> int:
+    """Return the number of processes.  Local."""
+    return context().topology.size
+
+
+def local_rank() -> int:
+    """Return this process's number among those of its node.  Local."""
+    return context().topology.local_rank
+
+
+def local_size() -> int:
+    """Return the number of processes on this node.  Local."""
+    return context().topology.local_size
+
+
+def cross_rank() -> int:
+    """Return the number of this node, among those that have this local rank.  Local."""
+    return context().topology.cross_rank
+
+
+def cross_size() -> int:
+    """Return the number of nodes that have this local rank.  Local."""
+    return context().topology.cross_size
+
+
+def allreduce(
+    x: Any,
+    op: object = Average,
+    name: str | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    algorithm: str = "auto",
+) -> NDArray[Any]:
+    """Return the combination of all ranks' `x`, bitwise the same on all.  Collective, blocking.
+
+    Args:
+        x: an array, or anything that numpy reads as one; equal shape and dtype on all ranks.
+        op: `Average`, `Sum`, `Min`, `Max` or `Product`.  Integer averages truncate toward zero.
+        name: named in errors; ranks must give the same one.
+        prescale_factor: multiplies each contribution first.
+        postscale_factor: multiplies the result last.
+        algorithm: ``"auto"``, ``"shm"`` (the node's shared memory), ``"mpi"`` (the MPI library's
+            own) or a schedule: ``"ring"``, ``"tree"``, ``"double_tree"``,
+            ``"recursive_doubling"``, ``"halving_doubling"``.
+
+    Returns:
+        New array of `x`'s shape and dtype.  float16 and bfloat16 add in float32.
+
+    Raises:
+        MismatchError: on every rank, showing what each had, if ranks disagree.
+        ArgumentError: unknown op or algorithm; lists the known ones.
+        UnsupportedError: dtype that is not supported, or has no such op.
+        PeerError: another rank died.
+        NotInitializedError: ``init()`` was not called.
+    """
+    return context().allreduce(x, op, name, prescale_factor, postscale_factor, algorithm)
+
+
+def allreduce_(
+    x: NDArray[Any],
+    op: object = Average,
+    name: str | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    algorithm: str = "auto",
+) -> NDArray[Any]:
+    """Replace `x` by the combination of all ranks' `x`, and return it; else as `allreduce`."""
+    return context().allreduce(
+        x, op, name, prescale_factor, postscale_factor, algorithm, in_place=True
+    )
+
+
+def allgather(x: Any, name: str | None = None, algorithm: str = "auto") -> NDArray[Any]:
+    """Return all ranks' `x` joined along the first dimension, in rank order.  Collective, blocking.
+
+    Args:
+        x: an array; its first dimension may differ between ranks.  A scalar counts as one row.
+        name: named in errors.
+        algorithm: ``"auto"``, ``"shm"``, ``"mpi"``, ``"ring"`` or ``"bruck"``.
+
+    Raises:
+        MismatchError, ArgumentError, UnsupportedError, PeerError: as `allreduce`.
+    """
+    return context().allgather(x, name=name, algorithm=algorithm)
+
+
+def reducescatter(
+    x: Any,
+    op: object = Average,
+    name: str | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    algorithm: str = "auto",
+) -> NDArray[Any]:
+    """Return this rank's rows of the combination of all ranks' `x`.  Collective, blocking.
+
+    Args:
+        x: an array of at least one dimension; equal shape and dtype on all ranks.  Its rows are
+            shared out in order; the first ranks get one more where they do not divide.
+        op, name, prescale_factor, postscale_factor: as `allreduce`.
+        algorithm: ``"auto"``, ``"shm"``, ``"mpi"``, ``"ring"`` or ``"recursive_halving"``.
+
+    Raises:
+        MismatchError, ArgumentError, UnsupportedError, PeerError: as `allreduce`.
+    """
+    return context().reducescatter(
+        x,
+        op=op,
+        name=name,
+        prescale_factor=prescale_factor,
+        postscale_factor=postscale_factor,
+        algorithm=algorithm,
+    )
+
+
+def broadcast(
+    x: Any, root_rank: int = 0, name: str | None = None, algorithm: str = "auto"
+) -> NDArray[Any]:
+    """Return the root's `x` on every rank, as a new array.  Collective, blocking.
+
+    Args:
+        x: an array; equal shape and dtype on all ranks.
+        root_rank: the rank whose `x` it is.
+        name: named in errors.
+        algorithm: ``"auto"``, ``"shm"``, ``"mpi"``, ``"binomial"`` or ``"chain"``.
+
+    Raises:
+        MismatchError, ArgumentError, UnsupportedError, PeerError: as `allreduce`.
+    """
+    return context().broadcast(x, root_rank, name=name, algorithm=algorithm)
+
+
+def broadcast_(
+    x: NDArray[Any], root_rank: int = 0, name: str | None = None, algorithm: str = "auto"
+) -> NDArray[Any]:
+    """Replace `x` by the root's, and return it; else as `broadcast`."""
+    return context().broadcast(x, root_rank, name=name, algorithm=algorithm, in_place=True)
+
+
+def alltoall(
+    x: Any,
+    splits: Sequence[int] | None = None,
+    name: str | None = None,
+    algorithm: str = "auto",
+) -> NDArray[Any] | tuple[NDArray[Any], NDArray[np.int64]]:
+    """Send rows of `x` to every rank, and return the rows received.  Collective, blocking.
+
+    Args:
+        x: an array; the rows for rank 0 come first, then those for rank 1, and so on.
+        splits: how many rows go to each rank; None: equally many.
+        name: named in errors.
+        algorithm: ``"auto"``, ``"shm"``, ``"mpi"`` or ``"pairwise"``.
+
+    Returns:
+        The rows received, in rank order; with `splits` also how many came from each rank.
+
+    Raises:
+        ArgumentError: `splits` do not fit `x`; the other ranks get a MismatchError that says so.
+        MismatchError, UnsupportedError, PeerError: as `allreduce`.
+    """
+    received, counts = context().alltoall(x, splits, name=name, algorithm=algorithm)
+    return received if splits is None else (received, counts)
+
+
+def barrier(name: str | None = None, algorithm: str = "auto") -> None:
+    """Return when every rank has called.  Collective, blocking.
+
+    Args:
+        name: named in errors.
+        algorithm: ``"auto"``, ``"shm"``, ``"mpi"`` or ``"dissemination"``.
+
+    Raises:
+        MismatchError, ArgumentError, PeerError: as `allreduce`.
+    """
+    context().barrier(name=name, algorithm=algorithm)
+
+
+def broadcast_object(value: Any, root_rank: int = 0, name: str | None = None) -> Any:
+    """Return the root's picklable `value` on every rank.  Collective, blocking."""
+    return context().broadcast_object(value, root_rank, name=name)
+
+
+def empty(shape: Sequence[int] | int, dtype: DTypeLike = np.float32) -> NDArray[Any]:
+    """Return a zeroed array in the memory that the node's ranks share.  Collective.
+
+    Such an array is all-reduced in place without staging, which is the fastest way there is.
+    Where ranks share no memory it is an ordinary array.  Freed at ``shutdown()``.
+    """
+    return context().empty(shape, dtype)
+
+
+def _end_job(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """Print an uncaught exception, then end every rank: the others would wait for this one."""
+    _python_excepthook(kind, error, traceback)
+    if _context is not None:
+        here = _context.topology
+        sys.stdout.flush()
+        sys.stderr.write(
+            f"hvdkit: rank {here.rank} of {here.size} raised {kind.__name__}; ending the job\n"
+        )
+        sys.stderr.flush()
+        _context.abort(1)

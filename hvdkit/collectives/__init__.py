@@ -1,0 +1,20 @@
+"""The collectives on arrays, one module each: agree, pick an algorithm, execute it."""
+
+from hvdkit.collectives.allgather import allgather
+from hvdkit.collectives.allreduce import allreduce, allreduce_direct
+from hvdkit.collectives.alltoall import alltoall
+from hvdkit.collectives.barrier import barrier
+from hvdkit.collectives.broadcast import broadcast
+from hvdkit.collectives.group import Group
+from hvdkit.collectives.reducescatter import reducescatter
+
+__all__ = [
+    "Group",
+    "allgather",
+    "allreduce",
+    "allreduce_direct",
+    "alltoall",
+    "barrier",
+    "broadcast",
+    "reducescatter",
+]

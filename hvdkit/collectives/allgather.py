@@ -1,0 +1,68 @@
+"""All-gather: every rank ends with the arrays of all ranks, one after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvdkit.collectives.calls import Call
+from hvdkit.collectives.group import Group
+from hvdkit.collectives.pick import pick
+from hvdkit.dtypes import check_supported
+from hvdkit.errors import HvdkitError
+
+
+def allgather(
+    group: Group, source: NDArray[Any], *, name: str | None, algorithm: str
+) -> NDArray[Any]:
+    """Return all ranks' `source` concatenated along the first dimension, in rank order; blocking.
+
+    Args:
+        group: the ranks.
+        source: C-contiguous; the first dimension may differ between ranks, the others and the
+            dtype may not.  A scalar counts as one row.
+        name: for messages and the check.
+        algorithm: a schedule's name, ``"shm"``, ``"mpi"`` or ``"auto"``.
+
+    Raises:
+        MismatchError: on every rank, if ranks disagree.
+        ArgumentError, UnsupportedError: unknown algorithm, unsupported dtype.
+    """
+    if source.ndim == 0:
+        source = source.reshape(1)
+    try:
+        check_supported(source.dtype)
+        pick("allgather", algorithm, 0, no_arena=group.no_arena)
+    except HvdkitError as exc:
+        group.refuse("allgather", name, exc)
+    row = source.shape[1:]
+    call = Call(
+        "allgather",
+        name,
+        (
+            ("dtype", source.dtype.name),
+            ("shape", f"({', '.join(['any', *map(str, row)])})"),
+            ("algorithm", algorithm),
+        ),
+    )
+    rows = group.agree(call, [source.shape[0]])[:, 0].tolist()
+    out = np.empty((sum(rows), *row), source.dtype)
+    width = int(np.prod(row, dtype=np.int64)) * source.itemsize
+    counts = [n * width for n in rows]
+    mine = source.reshape(-1).view(np.uint8)
+    everything = out.reshape(-1).view(np.uint8)
+    way = pick("allgather", algorithm, everything.nbytes, no_arena=group.no_arena)
+    if way == "shm":
+        assert group.arena is not None
+        group.arena_call(
+            group.arena.native.allgather, mine, everything, tuple(counts), call.signature
+        )
+    elif way == "mpi":
+        group.library().library_allgather(mine, everything, counts)
+    else:
+        start = sum(counts[: group.rank])
+        everything[start : start + mine.size] = mine
+        group.run_schedule("allgather", way, everything, counts=counts)
+    return out

@@ -1,0 +1,35 @@
+"""Barrier: no rank leaves before every rank has come."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hvdkit.collectives.calls import Call
+from hvdkit.collectives.group import Group
+from hvdkit.collectives.pick import pick
+from hvdkit.dtypes import ReduceOp
+from hvdkit.errors import HvdkitError
+
+
+def barrier(group: Group, *, name: str | None, algorithm: str) -> None:
+    """Wait until every rank of the group has made this call.
+
+    Raises:
+        MismatchError: on every rank, if one made another call.
+        ArgumentError: unknown algorithm.
+    """
+    try:
+        way = pick("barrier", algorithm, 0, no_arena=group.no_arena)
+    except HvdkitError as exc:
+        group.refuse("barrier", name, exc)
+    call = Call("barrier", name, (("algorithm", algorithm),))
+    if way == "shm":
+        assert group.arena is not None
+        if group.arena_call(group.arena.native.barrier, call.signature):
+            group.raise_mismatch(call)
+        return
+    group.agree(call)
+    if way == "mpi":
+        group.library().library_barrier()
+    else:
+        group.run_schedule("barrier", way, np.zeros(1, np.uint8), op=ReduceOp.MAX)

@@ -1,0 +1,69 @@
+"""Broadcast: every rank ends with the root's array."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvdkit.collectives.calls import Call
+from hvdkit.collectives.group import Group
+from hvdkit.collectives.pick import pick
+from hvdkit.dtypes import check_supported
+from hvdkit.errors import ArgumentError, HvdkitError
+
+
+def broadcast(
+    group: Group, data: NDArray[Any], *, root: int, name: str | None, algorithm: str
+) -> None:
+    """Overwrite `data` on every rank with the root's; blocking.
+
+    Args:
+        group: the ranks.
+        data: C-contiguous; equal shape and dtype on all ranks.
+        root: the rank whose data it is.
+        name: for messages and the check.
+        algorithm: a schedule's name, ``"shm"``, ``"mpi"`` or ``"auto"``.
+
+    Raises:
+        MismatchError: on every rank, if ranks disagree.
+        ArgumentError, UnsupportedError: root out of range, unknown algorithm, unsupported dtype.
+    """
+    try:
+        check_supported(data.dtype)
+        check_root(group, root)
+        way = pick("broadcast", algorithm, data.nbytes, no_arena=group.no_arena)
+    except HvdkitError as exc:
+        group.refuse("broadcast", name, exc)
+    call = Call(
+        "broadcast",
+        name,
+        (
+            ("dtype", data.dtype.name),
+            ("shape", str(data.shape)),
+            ("root_rank", str(root)),
+            ("algorithm", algorithm),
+        ),
+    )
+    flat = data.reshape(-1).view(np.uint8)
+    if way == "shm":
+        assert group.arena is not None
+        if group.arena_call(group.arena.native.broadcast, flat, root, call.signature):
+            group.raise_mismatch(call)
+        return
+    group.agree(call)
+    if way == "mpi":
+        group.library().library_broadcast(flat, root)
+    else:
+        group.run_schedule("broadcast", way, flat, root=root)
+
+
+def check_root(group: Group, root: object) -> None:
+    """Refuse a root that is not a rank of the group.
+
+    Raises:
+        ArgumentError: with the range that is allowed.
+    """
+    if not isinstance(root, int | np.integer) or not 0 <= root < group.size:
+        raise ArgumentError(f"root_rank {root!r} is not a rank; ranks are 0 to {group.size - 1}")

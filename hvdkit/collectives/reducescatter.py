@@ -1,0 +1,76 @@
+"""Reduce-scatter: the combination of all ranks' arrays, each rank left with its rows of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvdkit.collectives.group import Group
+from hvdkit.collectives.reduction import plan_reduction
+
+
+def rows_per_rank(rows: int, size: int) -> list[int]:
+    """Return how many rows each rank is left with: the first ranks get one more of the rest."""
+    return [rows // size + (rank < rows % size) for rank in range(size)]
+
+
+def reducescatter(
+    group: Group,
+    source: NDArray[Any],
+    *,
+    op: object,
+    name: str | None,
+    prescale: float,
+    postscale: float,
+    algorithm: str,
+) -> NDArray[Any]:
+    """Return this rank's rows of the combination of all ranks' `source`; blocking.
+
+    Args:
+        group: the ranks.
+        source: C-contiguous, of at least one dimension; equal shape and dtype on all ranks.
+        op, name, prescale, postscale, algorithm: as for `allreduce`.
+
+    Returns:
+        New array of shape ``(rows, *source.shape[1:])``, `rows` as `rows_per_rank` says.
+
+    Raises:
+        MismatchError: on every rank, if ranks disagree.
+        ArgumentError, UnsupportedError: bad argument, dtype or algorithm.
+        PeerError: another rank died.
+    """
+    plan = plan_reduction(
+        group,
+        "reducescatter",
+        source,
+        op=op,
+        name=name,
+        prescale=prescale,
+        postscale=postscale,
+        algorithm=algorithm,
+    )
+    rows = rows_per_rank(source.shape[0], group.size)
+    width = int(np.prod(source.shape[1:], dtype=np.int64))
+    counts = [n * width for n in rows]
+    out = np.empty((rows[group.rank], *source.shape[1:]), source.dtype)
+    if plan.algorithm == "shm":
+        assert group.arena is not None
+        operation = group.arena.native.reducescatter
+        source, target = plan.view(source), plan.view(out)
+        if group.arena_call(operation, source, target, tuple(counts), *plan.native):
+            group.raise_mismatch(plan.call)
+        return out
+    group.agree(plan.call)
+    data = source.reshape(-1).copy()
+    plan.begin(group, data)
+    flat = out.reshape(-1)
+    if plan.algorithm == "mpi":
+        group.library().library_reducescatter(data, flat, counts, plan.op)
+    else:
+        group.run_schedule("reducescatter", plan.algorithm, data, counts=counts, op=plan.op)
+        start = sum(counts[: group.rank])
+        flat[:] = data[start : start + flat.size]
+    plan.finish(group, flat)
+    return out

@@ -1,0 +1,146 @@
+"""What a reducing call asks for: checked and resolved once, kept for the calls like it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvdkit.collectives.calls import Call
+from hvdkit.collectives.group import Group
+from hvdkit.collectives.pick import pick
+from hvdkit.dtypes import DTYPE_CODES, ReduceOp, as_op, check_supported
+from hvdkit.errors import ArgumentError, HvdkitError
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """All of an all-reduce or reduce-scatter that does not change from one step to the next."""
+
+    call: Call
+    op: ReduceOp
+    algorithm: str
+    prescale: float
+    divisor: int
+    """What a sum is divided by: the number of ranks, for an average."""
+    postscale: float
+    raw: np.dtype[Any] | None
+    """How to view the array where its dtype has no buffer protocol (bfloat16)."""
+    native: tuple[int, int, float, int, float, int]
+    """The arena's arguments: dtype, op, prescale, divisor, postscale, signature."""
+    direct: bool
+    """Whether the arena takes the arrays just as they are."""
+
+    def view(self, array: NDArray[Any]) -> NDArray[Any]:
+        """Return `array` as the arena takes it."""
+        return array if self.raw is None else array.view(self.raw)
+
+    def begin(self, group: Group, data: NDArray[Any]) -> None:
+        """Scale 1-D `data` before it is reduced over messages."""
+        if self.prescale != 1.0:
+            group.kernels.scale(data, factor=self.prescale)
+
+    def finish(self, group: Group, data: NDArray[Any]) -> None:
+        """Divide and scale 1-D `data` after it was."""
+        group.kernels.scale(data, divisor=self.divisor, factor=self.postscale)
+
+
+def reduction_key(
+    kind: str,
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+    op: object,
+    name: str | None,
+    prescale: float,
+    postscale: float,
+    algorithm: str,
+) -> tuple[object, ...]:
+    """Return what a group keeps the plan of such calls under."""
+    return (kind, dtype, shape, op, name, prescale, postscale, algorithm)
+
+
+def plan_reduction(
+    group: Group,
+    kind: str,
+    source: NDArray[Any],
+    *,
+    op: object,
+    name: str | None,
+    prescale: float,
+    postscale: float,
+    algorithm: str,
+) -> Reduction:
+    """Return the plan of a call, kept from an earlier one like it if there was one.
+
+    Raises:
+        ArgumentError, UnsupportedError: what this rank asks for cannot be done.  The other ranks
+            get a MismatchError that says so.
+    """
+    key = reduction_key(kind, source.dtype, source.shape, op, name, prescale, postscale, algorithm)
+    plan: Reduction | None = group.recall(key)
+    if plan is None:
+        try:
+            plan = _resolve(group, kind, source, as_op(op), name, prescale, postscale, algorithm)
+        except HvdkitError as exc:
+            group.refuse(kind, name, exc)
+        group.keep(key, plan)
+    return plan
+
+
+def _resolve(
+    group: Group,
+    kind: str,
+    source: NDArray[Any],
+    op: ReduceOp,
+    name: str | None,
+    prescale: float,
+    postscale: float,
+    algorithm: str,
+) -> Reduction:
+    check_supported(source.dtype, op)
+    if kind == "reducescatter" and source.ndim == 0:
+        raise ArgumentError("reducescatter needs an array of at least one dimension")
+    factors = {
+        "prescale_factor": _number("prescale_factor", prescale),
+        "postscale_factor": _number("postscale_factor", postscale),
+    }
+    call = Call(
+        kind,
+        name,
+        (
+            ("op", str(op)),
+            ("dtype", source.dtype.name),
+            ("shape", str(source.shape)),
+            *((label, repr(factor)) for label, factor in factors.items()),
+            ("algorithm", algorithm),
+        ),
+    )
+    way = pick(kind, algorithm, source.nbytes, no_arena=group.no_arena)
+    raw = raw_dtype(source.dtype)
+    divisor = group.size if op is ReduceOp.AVERAGE else 1
+    before, after = factors.values()
+    return Reduction(
+        call=call,
+        op=op,
+        algorithm=way,
+        prescale=before,
+        divisor=divisor,
+        postscale=after,
+        raw=raw,
+        native=(DTYPE_CODES[source.dtype], int(op), before, divisor, after, call.signature),
+        direct=way == "shm" and raw is None,
+    )
+
+
+def raw_dtype(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
+    """Return the integer dtype under which a dtype that numpy does not know is passed on."""
+    return np.dtype(f"u{dtype.itemsize}") if dtype.kind == "V" else None
+
+
+def _number(label: str, value: object) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ArgumentError(f"{label} {value!r} is not a number") from None

@@ -1,0 +1,114 @@
+"""The configuration: one frozen dataclass, read once from the environment by ``init()``."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hvdkit.errors import ConfigError
+
+KIB = 1024
+MIB = 1024 * KIB
+
+_UNITS = {"": 1, "k": KIB, "m": MIB, "g": 1024 * MIB}
+_SIZE = re.compile(r"(\d+)\s*([kmg]?)(?:i?b)?", re.IGNORECASE)
+
+
+def _flag(text: str) -> bool:
+    """Return the truth that `text` states: 1/0, true/false, yes/no or on/off."""
+    known = {"1": True, "true": True, "yes": True, "on": True}
+    known |= {"0": False, "false": False, "no": False, "off": False}
+    if text.strip().lower() not in known:
+        raise ValueError("expected 0 or 1")
+    return known[text.strip().lower()]
+
+
+def parse_bytes(text: str) -> int:
+    """Return a number of bytes: an integer, optionally with a unit (``64MiB``, ``512k``)."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError("expected a number of bytes, such as 65536, 64KiB or 25MiB")
+    return int(match[1]) * _UNITS[match[2].lower()]
+
+
+def _positive_bytes(text: str) -> int:
+    if parse_bytes(text) == 0:
+        raise ValueError("expected 1 byte or more")
+    return parse_bytes(text)
+
+
+def _count(text: str) -> int:
+    if not text.strip().isdigit():
+        raise ValueError("expected a whole number, 0 or more")
+    return int(text)
+
+
+def _knob(default: Any, parse: Callable[[str], Any], *names: str) -> Any:
+    """Declare a field that is read from the first of `names` that the environment sets."""
+    return field(default=default, metadata={"parse": parse, "names": names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What the environment may change.  All ranks must hold the same; ``init()`` checks it."""
+
+    native: bool = _knob(True, _flag, "HVDKIT_NATIVE")
+    """Use the native module (else numpy does the work, and there is no shared-memory arena)."""
+
+    shm: bool = _knob(True, _flag, "HVDKIT_SHM")
+    """Let ranks of one node reduce in shared memory."""
+
+    shm_dir: Path = _knob(Path("/dev/shm"), Path, "HVDKIT_SHM_DIR")
+    """The tmpfs in which the arena lives, as an unnamed file."""
+
+    slot_bytes: int = _knob(512 * KIB, _positive_bytes, "HVDKIT_SHM_SLOT")
+    """Bytes of each of a rank's two staging slots in the arena."""
+
+    spin: int = _knob(2000, _count, "HVDKIT_SPIN")
+    """How often a waiting rank looks before it gives up its core, where it has one of its own."""
+
+    segment_bytes: int = _knob(512 * KIB, _positive_bytes, "HVDKIT_SEGMENT")
+    """Bytes of a message: a chunk is cut in segments, one reduced while the next arrives."""
+
+    bucket_bytes: int = _knob(
+        25 * MIB, parse_bytes, "HVDKIT_FUSION_THRESHOLD", "HOROVOD_FUSION_THRESHOLD"
+    )
+    """Bytes of gradients that are reduced together; 0: each by itself."""
+
+    allow_singleton: bool = _knob(False, _flag, "HVDKIT_ALLOW_SINGLETON")
+    """Start alone even where the launcher's environment says that there are more processes."""
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> Config:
+        """Read the configuration; ``HVDKIT_`` names win over Horovod's.
+
+        Raises:
+            ConfigError: a value that does not parse; the message has the variable's name.
+
+        An unknown ``HVDKIT_`` name is a warning that suggests the nearest known one.
+        """
+        values: dict[str, Any] = {}
+        known: set[str] = set()
+        for knob in fields(cls):
+            names = knob.metadata["names"]
+            known.update(names)
+            name = next((name for name in names if environ.get(name, "") != ""), None)
+            if name is None:
+                continue
+            try:
+                values[knob.name] = knob.metadata["parse"](environ[name])
+            except ValueError as exc:
+                raise ConfigError(f"{name}={environ[name]!r}: {exc}") from exc
+        for name in sorted(environ):
+            if name.startswith("HVDKIT_") and name not in known:
+                nearest = difflib.get_close_matches(
+                    name.removeprefix("HVDKIT_"), [k.removeprefix("HVDKIT_") for k in known], n=1
+                )
+                hint = f"; did you mean HVDKIT_{nearest[0]}?" if nearest else ""
+                warnings.warn(f"unknown environment variable {name}{hint}", stacklevel=2)
+        return cls(**values)

@@ -1,0 +1,1 @@
+"""What happens between a framework's call and a collective: order, overlap, buckets."""

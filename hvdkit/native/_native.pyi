@@ -1,0 +1,98 @@
+"""The compiled module.  dtype: position in `hvdkit.dtypes.DTYPES`; op: value of a `ReduceOp`.
+
+Buffers may be anything contiguous with the buffer protocol, at any alignment.  What is wrong with
+an argument is a TypeError or ValueError on this rank, before anything is published to the others.
+"""
+
+from typing import Any, TypeAlias, final
+
+# Anything with the buffer protocol, which numpy's stubs declare from Python 3.12 on.
+_Buffer: TypeAlias = Any
+
+def reduce(
+    out: _Buffer, incoming: _Buffer, dtype: int, op: int, incoming_first: bool, /
+) -> None: ...
+def scale(buffer: _Buffer, dtype: int, divisor: int, factor: float, /) -> None: ...
+def convert(dst: _Buffer, dst_dtype: int, src: _Buffer, src_dtype: int, /) -> None: ...
+def copy(dst: _Buffer, src: _Buffer, /) -> None: ...
+def cpu_features() -> str: ...
+def variants() -> list[str]: ...
+def select_variant(name: str, /) -> None: ...
+def arena_bytes(size: int, slot_bytes: int, /) -> int: ...
+
+class ArenaError(RuntimeError):
+    """A local rank died, gave up or closed while others waited for it; or this one is closed."""
+
+@final
+class Arena:
+    """Collectives between the ranks of one node over a shared mapping, zeroed once.
+
+    Every rank calls the same operations in the same order.  Each gives all ranks a `signature` to
+    agree on, a digest of what must be equal among them; where it is not, every rank's call returns
+    1 (None in `exchange`) without touching a destination, and the arena stays usable.  All calls
+    block, without the GIL; signals are handled while they wait, and an exception raised by a
+    handler aborts the arena for all ranks.  One thread at a time may use an arena.
+
+    Raises:
+        ArenaError: from any operation, once a rank that others wait for is dead, closed or aborted.
+    """
+
+    spin_iterations: int
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def slot_bytes(self) -> int: ...
+    @property
+    def aborted(self) -> bool: ...
+    @property
+    def small_limit(self) -> int: ...
+    def __init__(
+        self, memory: _Buffer, rank: int, size: int, slot_bytes: int, spin_iterations: int
+    ) -> None: ...
+    def barrier(self, signature: int, /) -> int: ...
+    def exchange(self, payload: _Buffer, signature: int, /) -> list[bytes] | None: ...
+    def allreduce(
+        self,
+        src: _Buffer,
+        dst: _Buffer,
+        dtype: int,
+        op: int,
+        prescale: float,
+        divisor: int,
+        postscale: float,
+        signature: int,
+        /,
+    ) -> int: ...
+    def reducescatter(
+        self,
+        src: _Buffer,
+        dst: _Buffer,
+        counts: tuple[int, ...],
+        dtype: int,
+        op: int,
+        prescale: float,
+        divisor: int,
+        postscale: float,
+        signature: int,
+        /,
+    ) -> int: ...
+    def broadcast(self, buffer: _Buffer, root: int, signature: int, /) -> int: ...
+    def allgather(
+        self, src: _Buffer, dst: _Buffer, counts: tuple[int, ...], signature: int, /
+    ) -> int: ...
+    def alltoall(
+        self,
+        src: _Buffer,
+        dst: _Buffer,
+        send_counts: tuple[int, ...],
+        recv_counts: tuple[int, ...],
+        largest_pair: int,
+        signature: int,
+        /,
+    ) -> int: ...
+    def register(self, memory: _Buffer, stride: int, /) -> int: ...
+    def unregister(self, region: int, /) -> None: ...
+    def abort(self) -> None: ...
+    def close(self) -> None: ...

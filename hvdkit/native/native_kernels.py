@@ -1,0 +1,29 @@
+"""The kernels of the compiled module."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hvdkit.dtypes import DTYPE_CODES, ReduceOp, bfloat16
+from hvdkit.native import _native
+from hvdkit.native.interface import Array, Kernels
+
+
+def _exported(array: Array) -> Array:
+    """Return a view with the buffer protocol, which ml_dtypes' arrays do not have."""
+    return array.view(np.uint16) if array.dtype == bfloat16 else array
+
+
+class NativeKernels(Kernels):
+    """Vectorised loops in C; other Python threads run during the large ones."""
+
+    @property
+    def name(self) -> str:
+        return f"native ({_native.cpu_features()})"
+
+    def reduce(self, out: Array, incoming: Array, op: ReduceOp, *, incoming_first: bool) -> None:
+        code = DTYPE_CODES[out.dtype]
+        _native.reduce(_exported(out), _exported(incoming), code, op, incoming_first)
+
+    def scale(self, array: Array, *, divisor: int = 1, factor: float = 1.0) -> None:
+        _native.scale(_exported(array), DTYPE_CODES[array.dtype], divisor, factor)

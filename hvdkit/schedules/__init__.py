@@ -1,0 +1,1 @@
+"""Collective algorithms as data: generators of steps, and their proof, cost and picture."""

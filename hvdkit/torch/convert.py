@@ -1,0 +1,48 @@
+"""Tensors as numpy arrays over the same memory, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hvdkit.dtypes import bfloat16
+from hvdkit.errors import UnsupportedError
+
+
+def array_of(tensor: Any) -> NDArray[Any]:
+    """Return the array that shares `tensor`'s memory.
+
+    Raises:
+        UnsupportedError: not a dense tensor in this machine's memory, or of a dtype that numpy
+            does not know.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise UnsupportedError(f"expected a torch.Tensor, not {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise UnsupportedError(f"{tensor.layout} tensors are not supported; call .to_dense()")
+    if tensor.device.type != "cpu":
+        raise UnsupportedError(
+            f"the tensor is on {tensor.device}; this version handles CPU tensors: call .cpu()"
+        )
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    if plain.dtype == torch.bfloat16:
+        return plain.view(torch.int16).numpy().view(bfloat16)
+    try:
+        return plain.numpy()
+    except TypeError as exc:
+        raise UnsupportedError(f"dtype {tensor.dtype} is not supported") from exc
+
+
+def tensor_of(array: NDArray[Any]) -> torch.Tensor:
+    """Return the tensor that shares `array`'s memory."""
+    if array.dtype == bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """Return the numpy dtype of the same elements."""
+    return array_of(torch.empty(0, dtype=dtype)).dtype

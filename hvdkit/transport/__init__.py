@@ -1,0 +1,1 @@
+"""How bytes travel: MPI, threads of one process (for tests), memory that ranks share."""

@@ -1,0 +1,107 @@
+"""What the executor asks of a transport: nonblocking messages between ranks, and small control.
+
+Two transports implement it: `hvdkit.transport.mpi` for real, `hvdkit.transport.threads` for tests
+and for reading along in one process.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+T = TypeVar("T")
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where a rank is: `local` counts the ranks of its node, `cross` the nodes."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    cross_rank: int
+    cross_size: int
+
+
+class Request(Protocol):
+    """A message in flight."""
+
+    def Test(self) -> bool:  # noqa: N802  (mpi4py's own name, so that its requests fit as they are)
+        """Return whether the message is complete; never blocks."""
+        ...
+
+
+class Transport(Protocol):
+    """Messages among `size` ranks.  Those from one rank to another keep their order."""
+
+    rank: int
+    size: int
+
+    def isend(self, data: Bytes, destination: int) -> Request:
+        """Start to send `data` (1-D, contiguous); it must stay as it is until complete."""
+        ...
+
+    def irecv(self, data: Bytes, source: int) -> Request:
+        """Start to receive into `data`; its length is the message's."""
+        ...
+
+    def allgather_ints(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return every rank's `values` (1-D, of one length on all ranks) as ``(size, length)``."""
+        ...
+
+    def allgather_object(self, value: T) -> list[T]:
+        """Return every rank's `value`, pickled: for small control data only."""
+        ...
+
+    def broadcast_object(self, value: Any, root: int) -> Any:
+        """Return the root's `value` on every rank, pickled: for small control data only."""
+        ...
+
+
+class Backoff:
+    """How a rank waits: look, then offer the core to others, then sleep a little.
+
+    More ranks than cores is normal.  A rank that only looks would burn the time slice in which the
+    peer it waits for could have sent the message.
+    """
+
+    YIELDS = 200
+    LONGEST_SLEEP = 1e-3
+
+    __slots__ = ("_looks", "_sleep", "spin")
+
+    def __init__(self, spin: int) -> None:
+        self.spin = spin
+        self.reset()
+
+    def reset(self) -> None:
+        """Start afresh, after something has happened."""
+        self._looks = 0
+        self._sleep = 10e-6
+
+    def pause(self) -> None:
+        """Wait a moment, longer the longer nothing has happened."""
+        self._looks += 1
+        if self._looks <= self.spin:
+            return
+        if self._looks <= self.spin + self.YIELDS:
+            os.sched_yield()
+            if self._looks % 8 == 0:
+                time.sleep(0)  # lets go of the GIL, which sched_yield does not
+            return
+        time.sleep(self._sleep)
+        self._sleep = min(self._sleep * 1.5, self.LONGEST_SLEEP)
+
+    def wait(self, request: Request) -> None:
+        """Return when `request` is complete."""
+        self.reset()
+        while not request.Test():
+            self.pause()

@@ -1,0 +1,122 @@
+"""The environment is read once, and what it says wrongly is said back with the variable's name."""
+
+import dataclasses
+import warnings
+from pathlib import Path
+
+import pytest
+
+from hvdkit.config import KIB, MIB, Config
+from hvdkit.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def no_unexpected_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def read(**environ):
+    return Config.from_environment(environ)
+
+
+def test_an_empty_environment_gives_the_defaults():
+    assert read() == Config()
+    assert read(PATH="/bin", HOROVOD_CYCLE_TIME="1") == Config()
+
+
+def test_an_empty_value_counts_as_unset():
+    assert read(HVDKIT_SHM="", HVDKIT_SEGMENT="") == Config()
+
+
+@pytest.mark.parametrize("text", ["1", "true", "YES", " on "])
+def test_a_flag_that_is_set(text):
+    assert read(HVDKIT_ALLOW_SINGLETON=text).allow_singleton is True
+
+
+@pytest.mark.parametrize("text", ["0", "False", "no", "OFF"])
+def test_a_flag_that_is_not(text):
+    assert read(HVDKIT_SHM=text).shm is False
+    assert read(HVDKIT_NATIVE=text).native is False
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("1", 1),
+        ("65536", 65536),
+        ("64k", 64 * KIB),
+        ("64KiB", 64 * KIB),
+        ("64 kb", 64 * KIB),
+        ("25MiB", 25 * MIB),
+        ("3m", 3 * MIB),
+        ("2G", 2048 * MIB),
+        (" 7B ", 7),
+    ],
+)
+def test_sizes_take_units(text, nbytes):
+    assert read(HVDKIT_SEGMENT=text).segment_bytes == nbytes
+    assert read(HVDKIT_SHM_SLOT=text).slot_bytes == nbytes
+
+
+def test_a_fusion_threshold_of_0_turns_fusion_off_as_in_horovod():
+    assert read(HOROVOD_FUSION_THRESHOLD="0").bucket_bytes == 0
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5MiB", "64 parsecs", "MiB", "1 2", "0x10"])
+def test_a_size_that_does_not_parse_names_its_variable(text):
+    with pytest.raises(ConfigError, match=r"^HVDKIT_SEGMENT=.*: expected .* byte") as error:
+        read(HVDKIT_SEGMENT=text)
+    assert repr(text) in str(error.value)
+    assert isinstance(error.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("HVDKIT_SHM", "maybe"),
+        ("HVDKIT_NATIVE", "2"),
+        ("HVDKIT_ALLOW_SINGLETON", "yess"),
+        ("HVDKIT_SPIN", "-3"),
+        ("HVDKIT_SPIN", "many"),
+        ("HOROVOD_FUSION_THRESHOLD", "lots"),
+    ],
+)
+def test_any_other_bad_value_names_its_variable(name, text):
+    with pytest.raises(ConfigError, match=f"^{name}='{text}': expected"):
+        read(**{name: text})
+
+
+def test_a_count_may_be_zero():
+    assert read(HVDKIT_SPIN="0").spin == 0
+
+
+def test_horovods_name_is_read_and_hvdkits_wins():
+    assert read(HOROVOD_FUSION_THRESHOLD="1048576").bucket_bytes == MIB
+    assert read(HVDKIT_FUSION_THRESHOLD="2MiB").bucket_bytes == 2 * MIB
+    both = read(HVDKIT_FUSION_THRESHOLD="2MiB", HOROVOD_FUSION_THRESHOLD="1048576")
+    assert both.bucket_bytes == 2 * MIB
+    unset = read(HVDKIT_FUSION_THRESHOLD="", HOROVOD_FUSION_THRESHOLD="1048576")
+    assert unset.bucket_bytes == MIB
+
+
+def test_a_directory_is_a_path():
+    assert read(HVDKIT_SHM_DIR="/mnt/shared").shm_dir == Path("/mnt/shared")
+
+
+def test_an_unknown_name_is_a_warning_with_the_nearest_known_one():
+    with pytest.warns(UserWarning, match="HVDKIT_SEGMNET; did you mean HVDKIT_SEGMENT?"):
+        assert read(HVDKIT_SEGMNET="4") == Config()
+
+
+def test_an_unknown_name_that_resembles_nothing_is_a_warning_all_the_same():
+    with pytest.warns(
+        UserWarning, match="unknown environment variable HVDKIT_Q0123456789JXWVYZ0123456789$"
+    ):
+        read(HVDKIT_Q0123456789JXWVYZ0123456789="4")
+
+
+def test_it_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        read().spin = 3

