@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,8 @@ from numpy.typing import DTypeLike, NDArray
 from hvdkit import collectives, native
 from hvdkit.collectives.broadcast import check_root
 from hvdkit.collectives.calls import Call, mismatch
-from hvdkit.collectives.group import Group
-from hvdkit.collectives.reduction import Reduction, reduction_key
+from hvdkit.collectives.group import MOST_PLANS, Group, peer_error
+from hvdkit.collectives.reduction import Reduction
 from hvdkit.config import Config
 from hvdkit.dtypes import Average, check_supported
 from hvdkit.engine.bucketing import Gradient
@@ -72,6 +72,7 @@ class Context:
             segment_bytes=config.segment_bytes,
             spin=min(spin, 100),  # a look costs a Python-level call to MPI here
         )
+        self._short: dict[Hashable, Any] = {}  # to plans that have `bound`
         self.engine = Engine(threaded=mpi.threads_level() == "multiple")
 
     def close(self) -> None:
@@ -98,29 +99,28 @@ class Context:
         algorithm: str = "auto",
         in_place: bool = False,
     ) -> NDArray[Any]:
+        # A call like an earlier one goes the short way: Python costs more than 4 bytes do.
+        key = None
         if type(x) is np.ndarray and x.flags.carray:
-            key = reduction_key(
-                "allreduce",
-                x.dtype,
-                x.shape,
-                op,
-                name,
-                prescale_factor,
-                postscale_factor,
-                algorithm,
-            )
-            plan: Reduction | None = self.group.recall(key)
-            if plan is not None and plan.direct and self.engine.enter():
-                try:  # the short way of a call that was made before
+            key = (x.dtype, x.shape, op, name, prescale_factor, postscale_factor, algorithm)
+            try:
+                plan = self._short.get(key)
+            except TypeError:  # an argument that cannot be hashed; it is refused below
+                plan = None
+            if plan is not None and self.engine.enter():
+                try:
                     target = x if in_place else np.empty(x.shape, x.dtype)
-                    collectives.allreduce_direct(self.group, plan, x, target)
+                    if plan.bound(x, target):
+                        self.group.raise_mismatch(plan.call)
                     return target
+                except RuntimeError as exc:
+                    raise peer_error(exc) from exc
                 finally:
                     self.engine.leave()
         source = np.asarray(as_array(x), order="C")
         target = writable(x) if in_place else np.empty(source.shape, source.dtype)
         direct = target if target.flags.c_contiguous else np.empty(source.shape, source.dtype)
-        self.engine.call(
+        plan = self.engine.call(
             collectives.allreduce,
             self.group,
             source,
@@ -131,13 +131,20 @@ class Context:
             postscale=postscale_factor,
             algorithm=algorithm,
         )
+        if key is not None and plan.bound is not None and plan.raw is None:
+            self._remember(key, plan)
         if direct is not target:
             target[...] = direct
         return target
 
+    def _remember(self, key: Hashable, plan: Reduction) -> None:
+        if len(self._short) >= MOST_PLANS:
+            self._short.clear()
+        self._short[key] = plan
+
     def allreduce_async(
         self, buffer: NDArray[Any], name: str, *, op: object = Average
-    ) -> Handle[None]:
+    ) -> Handle[Any]:
         """Start to reduce a contiguous `buffer` in place; it must stay as it is until complete."""
         return self.engine.submit(
             lambda: collectives.allreduce(

@@ -1,7 +1,7 @@
 """The collectives on arrays, one module each: agree, pick an algorithm, execute it."""
 
 from hvdkit.collectives.allgather import allgather
-from hvdkit.collectives.allreduce import allreduce, allreduce_direct
+from hvdkit.collectives.allreduce import allreduce
 from hvdkit.collectives.alltoall import alltoall
 from hvdkit.collectives.barrier import barrier
 from hvdkit.collectives.broadcast import broadcast

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from hvdkit.collectives.calls import Call
 from hvdkit.collectives.group import Group
+from hvdkit.collectives.learning import with_lengths
 from hvdkit.collectives.pick import pick
 from hvdkit.dtypes import check_supported
 from hvdkit.errors import HvdkitError
@@ -32,37 +34,45 @@ def allgather(
     """
     if source.ndim == 0:
         source = source.reshape(1)
-    try:
-        check_supported(source.dtype)
-        pick("allgather", algorithm, 0, no_arena=group.no_arena)
-    except HvdkitError as exc:
-        group.refuse("allgather", name, exc)
     row = source.shape[1:]
-    call = Call(
-        "allgather",
-        name,
-        (
-            ("dtype", source.dtype.name),
-            ("shape", f"({', '.join(['any', *map(str, row)])})"),
-            ("algorithm", algorithm),
-        ),
-    )
-    rows = group.agree(call, [source.shape[0]])[:, 0].tolist()
-    out = np.empty((sum(rows), *row), source.dtype)
-    width = int(np.prod(row, dtype=np.int64)) * source.itemsize
-    counts = [n * width for n in rows]
-    mine = source.reshape(-1).view(np.uint8)
-    everything = out.reshape(-1).view(np.uint8)
-    way = pick("allgather", algorithm, everything.nbytes, no_arena=group.no_arena)
-    if way == "shm":
-        assert group.arena is not None
-        group.arena_call(
-            group.arena.native.allgather, mine, everything, tuple(counts), call.signature
+    key = ("allgather", source.dtype, row, name, algorithm)
+    call: Call | None = group.recall(key)
+    if call is None:
+        try:
+            check_supported(source.dtype)
+            pick("allgather", algorithm, 0, no_arena=group.no_arena)
+        except HvdkitError as exc:
+            group.refuse("allgather", name, exc)
+        call = Call(
+            "allgather",
+            name,
+            (
+                ("dtype", source.dtype.name),
+                ("shape", f"({', '.join(['any', *map(str, row)])})"),
+                ("algorithm", algorithm),
+            ),
         )
-    elif way == "mpi":
-        group.library().library_allgather(mine, everything, counts)
-    else:
-        start = sum(counts[: group.rank])
-        everything[start : start + mine.size] = mine
-        group.run_schedule("allgather", way, everything, counts=counts)
-    return out
+        group.keep(key, call)
+    mine = source.reshape(-1).view(np.uint8)
+    width = math.prod(row) * source.itemsize
+
+    def transfer(rows: NDArray[np.int64], signature: int) -> NDArray[Any] | None:
+        counts = (rows[:, 0] * width).tolist()
+        out = np.empty((int(rows.sum()), *row), source.dtype)
+        everything = out.reshape(-1).view(np.uint8)
+        way = pick("allgather", algorithm, everything.nbytes, no_arena=group.no_arena)
+        if way == "shm":
+            assert group.arena is not None
+            operation = group.arena.native.allgather
+            status = group.arena_call(operation, mine, everything, tuple(counts), signature)
+            return None if status else out
+        if way == "mpi":
+            group.library(everything.nbytes).library_allgather(mine, everything, counts)
+        else:
+            start = sum(counts[: group.rank])
+            everything[start : start + mine.size] = mine
+            group.run_schedule("allgather", way, everything, counts=counts)
+        return out
+
+    in_arena = group.arena is not None and algorithm in ("auto", "shm")
+    return with_lengths(group, call, (source.shape[0],), transfer, in_arena=in_arena)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdkit.collectives.group import Group, peer_error
+from hvdkit.collectives.group import Group
 from hvdkit.collectives.reduction import Reduction, plan_reduction
 
 
@@ -21,8 +21,8 @@ def allreduce(
     prescale: float,
     postscale: float,
     algorithm: str,
-) -> None:
-    """Reduce `source` of all ranks into `target` of all ranks; blocking.
+) -> Reduction:
+    """Reduce `source` of all ranks into `target` of all ranks; blocking.  Return the plan.
 
     Args:
         group: the ranks.
@@ -49,9 +49,10 @@ def allreduce(
         postscale=postscale,
         algorithm=algorithm,
     )
-    if plan.algorithm == "shm":
-        allreduce_direct(group, plan, plan.view(source), plan.view(target))
-        return
+    if plan.bound is not None:
+        if group.arena_call(plan.bound, plan.view(source), plan.view(target)):
+            group.raise_mismatch(plan.call)
+        return plan
     group.agree(plan.call)
     if target is not source:
         np.copyto(target, source)
@@ -62,16 +63,4 @@ def allreduce(
     else:
         group.run_schedule("allreduce", plan.algorithm, data, op=plan.op)
     plan.finish(group, data)
-
-
-def allreduce_direct(
-    group: Group, plan: Reduction, source: NDArray[Any], target: NDArray[Any]
-) -> None:
-    """Reduce in the arena as planned; `source` and `target` have the buffer protocol."""
-    assert group.arena is not None
-    try:
-        status = group.arena.native.allreduce(source, target, *plan.native)
-    except RuntimeError as exc:
-        raise peer_error(exc) from exc
-    if status:
-        group.raise_mismatch(plan.call)
+    return plan

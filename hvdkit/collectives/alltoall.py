@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from hvdkit.collectives.calls import Call
 from hvdkit.collectives.group import Group
+from hvdkit.collectives.learning import with_lengths
 from hvdkit.collectives.pick import pick
 from hvdkit.dtypes import check_supported
 from hvdkit.errors import ArgumentError, HvdkitError
@@ -41,52 +43,66 @@ def alltoall(
         MismatchError: on every rank, if ranks disagree or one could not make the call.
         ArgumentError, UnsupportedError: splits that do not fit, unknown algorithm, bad dtype.
     """
+    row = source.shape[1:]
+    key = ("alltoall", source.dtype, row, name, algorithm)
+    call: Call | None = group.recall(key)
     try:
-        check_supported(source.dtype)
-        rows = check_splits(source.shape, splits, group.size)
-        pick("alltoall", algorithm, 0, no_arena=group.no_arena)
+        if call is None:
+            check_supported(source.dtype)
+            pick("alltoall", algorithm, 0, no_arena=group.no_arena)
+        mine = check_splits(source.shape, splits, group.size)
     except HvdkitError as exc:
         group.refuse("alltoall", name, exc)
-    call = Call(
-        "alltoall",
-        name,
-        (
-            ("dtype", source.dtype.name),
-            ("shape", f"({', '.join(['any', *map(str, source.shape[1:])])})"),
-            ("algorithm", algorithm),
-        ),
-    )
-    matrix = group.agree(call, rows)
-    received = matrix[:, group.rank].copy()
-    width = int(np.prod(source.shape[1:], dtype=np.int64)) * source.itemsize
-    out = np.empty((int(received.sum()), *source.shape[1:]), source.dtype)
-    outgoing = [n * width for n in rows]
-    incoming = [int(n) * width for n in received]
-    mine = source.reshape(-1).view(np.uint8)
-    theirs = out.reshape(-1).view(np.uint8)
-    way = pick("alltoall", algorithm, int(matrix.sum()) * width, no_arena=group.no_arena)
-    if way == "shm":
-        assert group.arena is not None
-        group.arena_call(
-            group.arena.native.alltoall,
-            mine,
-            theirs,
-            tuple(outgoing),
-            tuple(incoming),
-            int(matrix.max()) * width,
-            call.signature,
+    if call is None:
+        call = Call(
+            "alltoall",
+            name,
+            (
+                ("dtype", source.dtype.name),
+                ("shape", f"({', '.join(['any', *map(str, row)])})"),
+                ("algorithm", algorithm),
+            ),
         )
-    elif way == "mpi":
-        group.library().library_alltoall(mine, theirs, outgoing, incoming)
-    else:
-        # What a rank sends to itself, the schedule leaves out.
-        begin, start = sum(incoming[: group.rank]), sum(outgoing[: group.rank])
-        own = outgoing[group.rank]
-        theirs[begin : begin + own] = mine[start : start + own]
-        group.run_schedule(
-            "alltoall", way, theirs, counts=incoming, source=mine, source_counts=outgoing
-        )
-    return out, received
+        group.keep(key, call)
+    sent = source.reshape(-1).view(np.uint8)
+    width = math.prod(row) * source.itemsize
+    outgoing = [n * width for n in mine]
+
+    def transfer(
+        matrix: NDArray[np.int64], signature: int
+    ) -> tuple[NDArray[Any], NDArray[np.int64]] | None:
+        rows = matrix[:, group.rank].copy()
+        incoming = (rows * width).tolist()
+        out = np.empty((int(rows.sum()), *row), source.dtype)
+        received = out.reshape(-1).view(np.uint8)
+        way = pick("alltoall", algorithm, int(matrix.sum()) * width, no_arena=group.no_arena)
+        if way == "shm":
+            assert group.arena is not None
+            status = group.arena_call(
+                group.arena.native.alltoall,
+                sent,
+                received,
+                tuple(outgoing),
+                tuple(incoming),
+                int(matrix.max()) * width,
+                signature,
+            )
+            return None if status else (out, rows)
+        if way == "mpi":
+            largest = int(max(matrix.sum(0).max(), matrix.sum(1).max())) * width
+            group.library(largest).library_alltoall(sent, received, outgoing, incoming)
+        else:
+            # What a rank sends to itself, the schedule leaves out.
+            begin, start = sum(incoming[: group.rank]), sum(outgoing[: group.rank])
+            own = outgoing[group.rank]
+            received[begin : begin + own] = sent[start : start + own]
+            group.run_schedule(
+                "alltoall", way, received, counts=incoming, source=sent, source_counts=outgoing
+            )
+        return out, rows
+
+    in_arena = group.arena is not None and algorithm in ("auto", "shm")
+    return with_lengths(group, call, mine, transfer, in_arena=in_arena)
 
 
 def check_splits(shape: Sequence[int], splits: Sequence[int] | None, size: int) -> list[int]:

@@ -30,22 +30,15 @@ def broadcast(
         MismatchError: on every rank, if ranks disagree.
         ArgumentError, UnsupportedError: root out of range, unknown algorithm, unsupported dtype.
     """
-    try:
-        check_supported(data.dtype)
-        check_root(group, root)
-        way = pick("broadcast", algorithm, data.nbytes, no_arena=group.no_arena)
-    except HvdkitError as exc:
-        group.refuse("broadcast", name, exc)
-    call = Call(
-        "broadcast",
-        name,
-        (
-            ("dtype", data.dtype.name),
-            ("shape", str(data.shape)),
-            ("root_rank", str(root)),
-            ("algorithm", algorithm),
-        ),
-    )
+    key = ("broadcast", data.dtype, data.shape, root, name, algorithm)
+    plan: tuple[Call, str] | None = group.recall(key)
+    if plan is None:
+        try:
+            plan = _plan(group, data, root, name, algorithm)
+        except HvdkitError as exc:
+            group.refuse("broadcast", name, exc)
+        group.keep(key, plan)
+    call, way = plan
     flat = data.reshape(-1).view(np.uint8)
     if way == "shm":
         assert group.arena is not None
@@ -57,6 +50,24 @@ def broadcast(
         group.library().library_broadcast(flat, root)
     else:
         group.run_schedule("broadcast", way, flat, root=root)
+
+
+def _plan(
+    group: Group, data: NDArray[Any], root: int, name: str | None, algorithm: str
+) -> tuple[Call, str]:
+    check_supported(data.dtype)
+    check_root(group, root)
+    call = Call(
+        "broadcast",
+        name,
+        (
+            ("dtype", data.dtype.name),
+            ("shape", str(data.shape)),
+            ("root_rank", str(root)),
+            ("algorithm", algorithm),
+        ),
+    )
+    return call, pick("broadcast", algorithm, data.nbytes, no_arena=group.no_arena)
 
 
 def check_root(group: Group, root: object) -> None:

@@ -20,7 +20,7 @@ from hvdkit.transport.arena import Arena
 from hvdkit.transport.base import Transport
 
 #: Plans kept: calls that differ in name, shape, dtype or arguments.  A training step has hundreds.
-_MOST_PLANS = 4096
+MOST_PLANS = 4096
 
 
 class Group:
@@ -64,7 +64,7 @@ class Group:
 
     def keep(self, key: Any, plan: Any) -> None:
         """Keep a plan for the next call like this one."""
-        if len(self._plans) >= _MOST_PLANS:
+        if len(self._plans) >= MOST_PLANS:
             self._plans.clear()
         self._plans[key] = plan
 
@@ -79,18 +79,36 @@ class Group:
         Raises:
             MismatchError: on every rank, if any asked for something else.
         """
-        mine = np.array([_signed(call.signature), *values], np.int64)
         if self.arena is not None:
-            gathered = self.arena_call(self.arena.native.exchange, mine.tobytes(), call.signature)
+            gathered = self.exchange(call, values)
+            if gathered is None:
+                self.settle(call)
+                gathered = self.exchange(call, values)
             if gathered is None:
                 self.raise_mismatch(call)
-            return np.frombuffer(b"".join(gathered), np.int64).reshape(self.size, -1)[:, 1:]
+            return gathered
         # The signature travels alone: ranks in different calls have different numbers of values.
-        if np.any(self.transport.allgather_ints(mine[:1]) != mine[0]):
+        mine = np.array([_signed(call.signature)], np.int64)
+        if np.any(self.transport.allgather_ints(mine) != mine[0]):
             self.raise_mismatch(call)
         if not values:
             return np.empty((self.size, 0), np.int64)
-        return self.transport.allgather_ints(mine[1:])
+        return self.transport.allgather_ints(np.array(values, np.int64))
+
+    def exchange(self, call: Call, values: Sequence[int]) -> NDArray[np.int64] | None:
+        """Return each rank's `values` through the arena, or None if ranks' calls differ."""
+        assert self.arena is not None
+        payload = np.array(values, np.int64).tobytes()
+        gathered = self.arena_call(self.arena.native.exchange, payload, call.signature)
+        if gathered is None:
+            return None
+        return np.frombuffer(b"".join(gathered), np.int64).reshape(self.size, len(values))
+
+    def settle(self, call: Call) -> None:
+        """Return if every rank makes the same call after all, else raise.  Collective."""
+        calls = self.transport.allgather_object(call)
+        if any(theirs != call for theirs in calls):
+            raise mismatch(calls)
 
     def refuse(self, kind: str, name: str | None, error: Exception) -> NoReturn:
         """Raise `error` here, and tell the ranks that wait in the same call why.  Collective."""
@@ -99,7 +117,7 @@ class Group:
         raise error
 
     def raise_mismatch(self, call: Call) -> NoReturn:
-        """Raise the error that shows what each rank asked for.  Collective."""
+        """Raise the error that shows what each rank asked for; pairs with `settle`.  Collective."""
         raise mismatch(self.transport.allgather_object(call))
 
     # Shared memory
@@ -159,15 +177,24 @@ class Group:
             root=root,
         )
 
-    def library(self) -> Any:
+    def library(self, count: int = 0) -> Any:
         """Return the transport as the MPI library, whose own collectives are asked for.
 
+        Args:
+            count: the largest number of elements that any rank counts in the call.
+
         Raises:
-            UnsupportedError: the ranks are not MPI processes.
+            UnsupportedError: the ranks are not MPI processes, or the library cannot count so far.
         """
-        if not hasattr(self.transport, "library_allreduce"):
+        library: Any = self.transport
+        if not hasattr(library, "library_allreduce"):
             raise UnsupportedError("algorithm 'mpi' needs ranks that are MPI processes")
-        return self.transport
+        if count > library.largest_count:
+            raise UnsupportedError(
+                f"this MPI library counts in 32 bits, and the message has {count}; "
+                "take another algorithm than 'mpi'"
+            )
+        return library
 
 
 def peer_error(exc: RuntimeError) -> PeerError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def reducescatter(
         algorithm=algorithm,
     )
     rows = rows_per_rank(source.shape[0], group.size)
-    width = int(np.prod(source.shape[1:], dtype=np.int64))
+    width = math.prod(source.shape[1:])
     counts = [n * width for n in rows]
     out = np.empty((rows[group.rank], *source.shape[1:]), source.dtype)
     if plan.algorithm == "shm":
@@ -67,7 +68,7 @@ def reducescatter(
     plan.begin(group, data)
     flat = out.reshape(-1)
     if plan.algorithm == "mpi":
-        group.library().library_reducescatter(data, flat, counts, plan.op)
+        group.library(source.size).library_reducescatter(data, flat, counts, plan.op)
     else:
         group.run_schedule("reducescatter", plan.algorithm, data, counts=counts, op=plan.op)
         start = sum(counts[: group.rank])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +31,8 @@ class Reduction:
     """How to view the array where its dtype has no buffer protocol (bfloat16)."""
     native: tuple[int, int, float, int, float, int]
     """The arena's arguments: dtype, op, prescale, divisor, postscale, signature."""
-    direct: bool
-    """Whether the arena takes the arrays just as they are."""
+    bound: Callable[[NDArray[Any], NDArray[Any]], int] | None
+    """The arena's all-reduce of (source, target), with those arguments bound."""
 
     def view(self, array: NDArray[Any]) -> NDArray[Any]:
         """Return `array` as the arena takes it."""
@@ -45,20 +46,6 @@ class Reduction:
     def finish(self, group: Group, data: NDArray[Any]) -> None:
         """Divide and scale 1-D `data` after it was."""
         group.kernels.scale(data, divisor=self.divisor, factor=self.postscale)
-
-
-def reduction_key(
-    kind: str,
-    dtype: np.dtype[Any],
-    shape: tuple[int, ...],
-    op: object,
-    name: str | None,
-    prescale: float,
-    postscale: float,
-    algorithm: str,
-) -> tuple[object, ...]:
-    """Return what a group keeps the plan of such calls under."""
-    return (kind, dtype, shape, op, name, prescale, postscale, algorithm)
 
 
 def plan_reduction(
@@ -78,7 +65,7 @@ def plan_reduction(
         ArgumentError, UnsupportedError: what this rank asks for cannot be done.  The other ranks
             get a MismatchError that says so.
     """
-    key = reduction_key(kind, source.dtype, source.shape, op, name, prescale, postscale, algorithm)
+    key = (kind, source.dtype, source.shape, op, name, prescale, postscale, algorithm)
     plan: Reduction | None = group.recall(key)
     if plan is None:
         try:
@@ -118,9 +105,12 @@ def _resolve(
         ),
     )
     way = pick(kind, algorithm, source.nbytes, no_arena=group.no_arena)
-    raw = raw_dtype(source.dtype)
     divisor = group.size if op is ReduceOp.AVERAGE else 1
     before, after = factors.values()
+    native = (DTYPE_CODES[source.dtype], int(op), before, divisor, after, call.signature)
+    bound = None
+    if group.arena is not None and way == "shm":
+        bound = group.arena.native.bind_allreduce(*native)
     return Reduction(
         call=call,
         op=op,
@@ -128,9 +118,9 @@ def _resolve(
         prescale=before,
         divisor=divisor,
         postscale=after,
-        raw=raw,
-        native=(DTYPE_CODES[source.dtype], int(op), before, divisor, after, call.signature),
-        direct=way == "shm" and raw is None,
+        raw=raw_dtype(source.dtype),
+        native=native,
+        bound=bound,
     )
 
 

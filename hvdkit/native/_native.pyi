@@ -1,9 +1,10 @@
 """The compiled module.  dtype: position in `hvdkit.dtypes.DTYPES`; op: value of a `ReduceOp`.
 
-Buffers may be anything contiguous with the buffer protocol, at any alignment.  What is wrong with
+Buffers may be anything C-contiguous with the buffer protocol, at any alignment.  What is wrong with
 an argument is a TypeError or ValueError on this rank, before anything is published to the others.
 """
 
+from collections.abc import Callable
 from typing import Any, TypeAlias, final
 
 # Anything with the buffer protocol, which numpy's stubs declare from Python 3.12 on.
@@ -65,6 +66,16 @@ class Arena:
         signature: int,
         /,
     ) -> int: ...
+    def bind_allreduce(
+        self,
+        dtype: int,
+        op: int,
+        prescale: float,
+        divisor: int,
+        postscale: float,
+        signature: int,
+        /,
+    ) -> Callable[[_Buffer, _Buffer], int]: ...
     def reducescatter(
         self,
         src: _Buffer,

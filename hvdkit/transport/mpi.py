@@ -15,7 +15,7 @@ from hvdkit.transport.base import Backoff, Bytes, Request, Topology
 
 T = TypeVar("T")
 
-#: Counts of MPI libraries before MPI 4 are 32-bit.
+#: The largest count that every MPI library takes.
 LARGEST_COUNT = 2**31 - 1
 
 _ARITHMETIC = {
@@ -120,6 +120,11 @@ class MPITransport:
 
     def broadcast_object(self, value: Any, root: int) -> Any:
         return self.comm.bcast(value, root=root)
+
+    @property
+    def largest_count(self) -> int:
+        """The largest count of the library's collectives: 32-bit before MPI 4."""
+        return LARGEST_COUNT if standard_version() < (4, 0) else 2**63 - 1
 
     def abort(self, code: int) -> None:
         """End every process of the job at once."""

@@ -84,7 +84,7 @@ def test_ranks_in_different_calls_with_different_numbers_of_values():
 
 
 def test_plans_are_kept_up_to_a_number(monkeypatch):
-    monkeypatch.setattr("hvdkit.collectives.group._MOST_PLANS", 3)
+    monkeypatch.setattr("hvdkit.collectives.group.MOST_PLANS", 3)
 
     def body(group):
         for turn in range(10):

@@ -81,3 +81,14 @@ def test_messages_of_the_user_do_not_meet_ours():
     request.Wait()
     sent.Wait()
     assert caught[0] == 7.0 + (RANK - 1) % SIZE
+
+
+@pytest.mark.skipif(SIZE != 2, reason="once is enough")
+@pytest.mark.parametrize("kind", ["allgather", "alltoall"])
+def test_a_library_that_cannot_count_so_far_says_so(kind, monkeypatch):
+    monkeypatch.setattr(type(context().group.transport), "largest_count", 999)
+    with pytest.raises(hvd.UnsupportedError, match="counts in 32 bits, and the message has 1000"):
+        getattr(hvd, kind)(
+            np.zeros(500 if kind == "allgather" else 1000, np.uint8), algorithm="mpi"
+        )
+    assert hvd.allreduce(np.ones(1), op=hvd.Sum)[0] == SIZE

@@ -111,8 +111,10 @@ static int is_dead(const hv_arena *arena, const hv_control *peer)
         return 0;
     if (kill(pid, 0) && errno == ESRCH)
         return 1;
-    return process_status(pid, &state, &start_time) &&
-           (state == 'Z' || state == 'X' || start_time != peer->start_time);
+    if (!process_status(pid, &state, &start_time))
+        return 0;
+    const int reused = peer->start_time && start_time != peer->start_time;
+    return state == 'Z' || state == 'X' || reused;
 }
 
 /* ------------------------------------------------------------------------- attach, close, abort */

@@ -28,7 +28,7 @@ typedef struct {
     _Atomic uint32_t waiters; /* ranks that sleep, or are about to, until `posted` changes */
     _Atomic uint32_t closed;
     _Atomic int32_t pid; /* 0 until the rank has attached itself */
-    uint64_t start_time; /* of the process, against reuse of its pid */
+    uint64_t start_time; /* of the process, against reuse of its pid; 0 if unknown */
     uint64_t pid_namespace;
 } __attribute__((aligned(HV_LINE))) hv_control;
 

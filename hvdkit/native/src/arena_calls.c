@@ -70,8 +70,7 @@ static PyObject *as_result(const ArenaObject *self, int status)
 
 /* ------------------------------------------------------------------------------------ arguments */
 
-/* dtype, op, prescale, divisor, postscale, in this order. */
-static int arg_recipe(PyObject *const *args, hv_recipe *recipe)
+int hv_arg_recipe(PyObject *const *args, hv_recipe *recipe)
 {
     return hv_arg_dtype(args[0], &recipe->dtype) ||
                    hv_arg_op(args[1], recipe->dtype, &recipe->op) ||
@@ -189,35 +188,43 @@ PyObject *hv_py_exchange(ArenaObject *self, PyObject *const *args, Py_ssize_t na
     return status == HV_MISMATCH ? Py_NewRef(Py_None) : as_result(self, status);
 }
 
-PyObject *hv_py_allreduce(ArenaObject *self, PyObject *const *args, Py_ssize_t nargs)
+PyObject *hv_run_allreduce(ArenaObject *self, PyObject *src_object, PyObject *dst_object,
+                           const hv_recipe *recipe, uint64_t signature)
 {
-    hv_recipe recipe;
-    uint64_t signature;
     Py_buffer src, dst;
     size_t count;
     int status = HV_INTERRUPTED; /* as if raised here */
-    if (hv_arg_count("allreduce", nargs, 8) || hv_check_usable(self) || arg_recipe(args + 2, &recipe) ||
-        hv_arg_u64(args[7], &signature) || hv_arg_buffer(args[1], &dst, 1))
+    if (hv_check_usable(self) || hv_arg_buffer(dst_object, &dst, 1))
         return NULL;
-    const int in_place = args[0] == args[1];
+    const int in_place = src_object == dst_object;
     if (in_place)
         src = dst; /* one export serves both */
-    else if (hv_arg_buffer(args[0], &src, 0)) {
+    else if (hv_arg_buffer(src_object, &src, 0)) {
         PyBuffer_Release(&dst);
         return NULL;
     }
     if (src.len != dst.len)
         PyErr_Format(PyExc_ValueError, "src has %zd bytes, dst %zd", src.len, dst.len);
-    else if (!hv_arg_elements(dst.len, recipe.dtype, &count) &&
+    else if (!hv_arg_elements(dst.len, recipe->dtype, &count) &&
              !refuse_overlap(&src, &dst, src.buf == dst.buf)) {
         enter(self);
-        status = hv_allreduce(&self->arena, src.buf, dst.buf, count, &recipe, signature);
+        status = hv_allreduce(&self->arena, src.buf, dst.buf, count, recipe, signature);
         leave(self);
     }
     if (!in_place)
         PyBuffer_Release(&src);
     PyBuffer_Release(&dst);
     return as_result(self, status);
+}
+
+PyObject *hv_py_allreduce(ArenaObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    hv_recipe recipe;
+    uint64_t signature;
+    if (hv_arg_count("allreduce", nargs, 8) || hv_arg_recipe(args + 2, &recipe) ||
+        hv_arg_u64(args[7], &signature))
+        return NULL;
+    return hv_run_allreduce(self, args[0], args[1], &recipe, signature);
 }
 
 PyObject *hv_py_reducescatter(ArenaObject *self, PyObject *const *args, Py_ssize_t nargs)
@@ -227,7 +234,7 @@ PyObject *hv_py_reducescatter(ArenaObject *self, PyObject *const *args, Py_ssize
     Py_buffer src, dst;
     int status = HV_INTERRUPTED;
     if (hv_arg_count("reducescatter", nargs, 9) || hv_check_usable(self) ||
-        arg_recipe(args + 3, &recipe) || hv_arg_u64(args[8], &signature) ||
+        hv_arg_recipe(args + 3, &recipe) || hv_arg_u64(args[8], &signature) ||
         get_buffers(args[0], &src, args[1], &dst))
         return NULL;
     const size_t itemsize = hv_itemsize(recipe.dtype);

@@ -16,8 +16,7 @@ int hv_arg_u64(PyObject *object, uint64_t *value)
 
 int hv_arg_buffer(PyObject *object, Py_buffer *buffer, int writable)
 {
-    return PyObject_GetBuffer(object, buffer,
-                              PyBUF_ANY_CONTIGUOUS | (writable ? PyBUF_WRITABLE : 0));
+    return PyObject_GetBuffer(object, buffer, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE);
 }
 
 int hv_arg_dtype(PyObject *object, enum hv_dtype *dtype)

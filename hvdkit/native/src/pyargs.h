@@ -10,7 +10,7 @@
 /* Each returns 0, or -1 with an exception set. */
 int hv_arg_count(const char *name, Py_ssize_t given, Py_ssize_t wanted);
 int hv_arg_u64(PyObject *object, uint64_t *value);
-/* Any contiguous buffer; the caller releases it. */
+/* A buffer that is contiguous in C order, as all ranks then see it; the caller releases it. */
 int hv_arg_buffer(PyObject *object, Py_buffer *buffer, int writable);
 int hv_arg_dtype(PyObject *object, enum hv_dtype *dtype);
 /* The operation, checked to be defined for the dtype. */
