@@ -1,4 +1,5 @@
-# make demo | test | check | bench-allreduce | clean      MPI=openmpi (default) or mpich
+# make demo | test | check | bench-allreduce | bench-collectives | test-sanitize | doctor | clean
+# MPI=openmpi (default) or mpich; RANKS="2 4" for tests and benchmarks
 #
 # Each MPI has an environment of its own, .venv-openmpi or .venv-mpich, made when it is first needed.
 
@@ -21,10 +22,10 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench-allreduce doctor clean
+.PHONY: help demo test test-sanitize check format bench-allreduce bench-collectives doctor clean
 
 help:
-	@sed -n '1,3s/^# \{0,1\}//p' Makefile
+	@sed -n '1,4s/^# \{0,1\}//p' Makefile
 
 ifneq ($(filter $(MPI),openmpi mpich),$(MPI))
 $(error MPI must be openmpi or mpich, not '$(MPI)')
@@ -54,8 +55,13 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench-allreduce: $(VENV)/.installed
-	$(foreach n,$(or $(RANKS),2 4),$(MPIRUN) -n $(n) $(BIN)/python benchmarks/allreduce.py &&) true
+# The arena and the kernels under ThreadSanitizer, AddressSanitizer and UBSan; needs gcc.
+test-sanitize: $(VENV)/.installed
+	timeout 1800 $(BIN)/python tests/native/sanitize/run.py
+
+bench-allreduce bench-collectives: bench-%: $(VENV)/.installed
+	$(foreach n,$(or $(RANKS),2 4),$(MPIRUN) -n $(n) $(BIN)/python benchmarks/$*.py \
+	    --csv results/$*.csv &&) true
 
 doctor: $(VENV)/.installed
 	$(BIN)/python -m hvdkit doctor
