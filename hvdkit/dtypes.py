@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 from hvdkit.errors import ArgumentError, UnsupportedError
 
@@ -85,3 +86,8 @@ def check_supported(dtype: np.dtype[Any], op: ReduceOp | None = None) -> None:
         raise UnsupportedError("Average is not defined for bool; use Min, Max, Sum or Product")
     if op in (ReduceOp.MIN, ReduceOp.MAX) and dtype.kind == "c":
         raise UnsupportedError(f"{op} is not defined for {dtype}: complex numbers have no order")
+
+
+def exported(array: NDArray[Any]) -> NDArray[Any]:
+    """Return a view with the buffer protocol, which ml_dtypes' arrays do not have."""
+    return array.view(np.uint16) if array.dtype == bfloat16 else array

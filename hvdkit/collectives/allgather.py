@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,17 @@ from hvdkit.collectives.calls import Call
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.learning import with_lengths
 from hvdkit.collectives.pick import pick
-from hvdkit.dtypes import check_supported
+from hvdkit.dtypes import check_supported, exported
 from hvdkit.errors import HvdkitError
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What follows from the lengths of all ranks."""
+
+    shape: tuple[int, ...]
+    counts: tuple[int, ...]
+    algorithm: str
 
 
 def allgather(
@@ -53,26 +63,33 @@ def allgather(
             ),
         )
         group.keep(key, call)
-    mine = source.reshape(-1).view(np.uint8)
-    width = math.prod(row) * source.itemsize
 
-    def transfer(rows: NDArray[np.int64], signature: int) -> NDArray[Any] | None:
-        counts = (rows[:, 0] * width).tolist()
-        out = np.empty((int(rows.sum()), *row), source.dtype)
-        everything = out.reshape(-1).view(np.uint8)
-        way = pick("allgather", algorithm, everything.nbytes, no_arena=group.no_arena)
-        if way == "shm":
+    def lay_out(lengths: NDArray[np.int64]) -> _Layout:
+        rows = lengths[:, 0]
+        width = math.prod(row) * source.itemsize
+        return _Layout(
+            shape=(int(rows.sum()), *row),
+            counts=tuple((rows * width).tolist()),
+            algorithm=pick(
+                "allgather", algorithm, int(rows.sum()) * width, no_arena=group.no_arena
+            ),
+        )
+
+    def transfer(layout: _Layout, signature: int) -> NDArray[Any] | None:
+        out = np.empty(layout.shape, source.dtype)
+        counts = layout.counts
+        if layout.algorithm == "shm":
             assert group.arena is not None
-            operation = group.arena.native.allgather
-            status = group.arena_call(operation, mine, everything, tuple(counts), signature)
-            return None if status else out
-        if way == "mpi":
+            arguments = (exported(source), exported(out), counts, signature)
+            return None if group.arena_call(group.arena.native.allgather, *arguments) else out
+        mine, everything = source.reshape(-1).view(np.uint8), out.reshape(-1).view(np.uint8)
+        if layout.algorithm == "mpi":
             group.library(everything.nbytes).library_allgather(mine, everything, counts)
         else:
             start = sum(counts[: group.rank])
             everything[start : start + mine.size] = mine
-            group.run_schedule("allgather", way, everything, counts=counts)
+            group.run_schedule("allgather", layout.algorithm, everything, counts=counts)
         return out
 
     in_arena = group.arena is not None and algorithm in ("auto", "shm")
-    return with_lengths(group, call, (source.shape[0],), transfer, in_arena=in_arena)
+    return with_lengths(group, call, (source.shape[0],), lay_out, transfer, in_arena=in_arena)

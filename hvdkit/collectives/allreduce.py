@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.reduction import Reduction, plan_reduction
+from hvdkit.dtypes import exported
 
 
 def allreduce(
@@ -50,7 +51,7 @@ def allreduce(
         algorithm=algorithm,
     )
     if plan.bound is not None:
-        if group.arena_call(plan.bound, plan.view(source), plan.view(target)):
+        if group.arena_call(plan.bound, exported(source), exported(target)):
             group.raise_mismatch(plan.call)
         return plan
     group.agree(plan.call)

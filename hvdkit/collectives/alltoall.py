@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +15,24 @@ from hvdkit.collectives.calls import Call
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.learning import with_lengths
 from hvdkit.collectives.pick import pick
-from hvdkit.dtypes import check_supported
+from hvdkit.dtypes import check_supported, exported
 from hvdkit.errors import ArgumentError, HvdkitError
+
+#: The rows received, and how many came from each rank.
+Received: TypeAlias = tuple[NDArray[Any], NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What follows from the splits of all ranks; lengths in bytes."""
+
+    rows: NDArray[np.int64]
+    shape: tuple[int, ...]
+    outgoing: tuple[int, ...]
+    incoming: tuple[int, ...]
+    largest_pair: int
+    largest_rank: int
+    algorithm: str
 
 
 def alltoall(
@@ -25,7 +42,7 @@ def alltoall(
     *,
     name: str | None,
     algorithm: str,
-) -> tuple[NDArray[Any], NDArray[np.int64]]:
+) -> Received:
     """Send `splits[r]` rows of `source` to each rank r; blocking.
 
     Args:
@@ -64,45 +81,57 @@ def alltoall(
             ),
         )
         group.keep(key, call)
-    sent = source.reshape(-1).view(np.uint8)
-    width = math.prod(row) * source.itemsize
-    outgoing = [n * width for n in mine]
 
-    def transfer(
-        matrix: NDArray[np.int64], signature: int
-    ) -> tuple[NDArray[Any], NDArray[np.int64]] | None:
+    def lay_out(matrix: NDArray[np.int64]) -> _Layout:
+        width = math.prod(row) * source.itemsize
         rows = matrix[:, group.rank].copy()
-        incoming = (rows * width).tolist()
-        out = np.empty((int(rows.sum()), *row), source.dtype)
-        received = out.reshape(-1).view(np.uint8)
-        way = pick("alltoall", algorithm, int(matrix.sum()) * width, no_arena=group.no_arena)
-        if way == "shm":
+        total = int(matrix.sum()) * width
+        return _Layout(
+            rows=rows,
+            shape=(int(rows.sum()), *row),
+            outgoing=tuple(n * width for n in mine),
+            incoming=tuple((rows * width).tolist()),
+            largest_pair=int(matrix.max()) * width,
+            largest_rank=int(max(matrix.sum(0).max(), matrix.sum(1).max())) * width,
+            algorithm=pick("alltoall", algorithm, total, no_arena=group.no_arena),
+        )
+
+    def transfer(layout: _Layout, signature: int) -> Received | None:
+        out = np.empty(layout.shape, source.dtype)
+        if layout.algorithm == "shm":
             assert group.arena is not None
-            status = group.arena_call(
-                group.arena.native.alltoall,
-                sent,
-                received,
-                tuple(outgoing),
-                tuple(incoming),
-                int(matrix.max()) * width,
-                signature,
-            )
-            return None if status else (out, rows)
-        if way == "mpi":
-            largest = int(max(matrix.sum(0).max(), matrix.sum(1).max())) * width
-            group.library(largest).library_alltoall(sent, received, outgoing, incoming)
-        else:
-            # What a rank sends to itself, the schedule leaves out.
-            begin, start = sum(incoming[: group.rank]), sum(outgoing[: group.rank])
-            own = outgoing[group.rank]
-            received[begin : begin + own] = sent[start : start + own]
-            group.run_schedule(
-                "alltoall", way, received, counts=incoming, source=sent, source_counts=outgoing
-            )
-        return out, rows
+            lengths = (layout.outgoing, layout.incoming, layout.largest_pair)
+            arguments = (exported(source), exported(out), *lengths, signature)
+            refused = group.arena_call(group.arena.native.alltoall, *arguments)
+            return None if refused else (out, layout.rows.copy())
+        _exchange(group, source.reshape(-1).view(np.uint8), out.reshape(-1).view(np.uint8), layout)
+        return out, layout.rows.copy()
 
     in_arena = group.arena is not None and algorithm in ("auto", "shm")
-    return with_lengths(group, call, mine, transfer, in_arena=in_arena)
+    return with_lengths(group, call, mine, lay_out, transfer, in_arena=in_arena)
+
+
+def _exchange(
+    group: Group, sent: NDArray[np.uint8], received: NDArray[np.uint8], layout: _Layout
+) -> None:
+    """Exchange bytes over messages."""
+    outgoing, incoming = layout.outgoing, layout.incoming
+    if layout.algorithm == "mpi":
+        library = group.library(layout.largest_rank)
+        library.library_alltoall(sent, received, outgoing, incoming)
+        return
+    # What a rank sends to itself, the schedule leaves out.
+    begin, start = sum(incoming[: group.rank]), sum(outgoing[: group.rank])
+    own = outgoing[group.rank]
+    received[begin : begin + own] = sent[start : start + own]
+    group.run_schedule(
+        "alltoall",
+        layout.algorithm,
+        received,
+        counts=incoming,
+        source=sent,
+        source_counts=outgoing,
+    )
 
 
 def check_splits(shape: Sequence[int], splits: Sequence[int] | None, size: int) -> list[int]:

@@ -18,11 +18,16 @@ def barrier(group: Group, *, name: str | None, algorithm: str) -> None:
         MismatchError: on every rank, if one made another call.
         ArgumentError: unknown algorithm.
     """
-    try:
-        way = pick("barrier", algorithm, 0, no_arena=group.no_arena)
-    except HvdkitError as exc:
-        group.refuse("barrier", name, exc)
-    call = Call("barrier", name, (("algorithm", algorithm),))
+    key = ("barrier", name, algorithm)
+    plan: tuple[Call, str] | None = group.recall(key)
+    if plan is None:
+        try:
+            way = pick("barrier", algorithm, 0, no_arena=group.no_arena)
+        except HvdkitError as exc:
+            group.refuse("barrier", name, exc)
+        plan = Call("barrier", name, (("algorithm", algorithm),)), way
+        group.keep(key, plan)
+    call, way = plan
     if way == "shm":
         assert group.arena is not None
         if group.arena_call(group.arena.native.barrier, call.signature):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from hvdkit.collectives.calls import Call
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.pick import pick
-from hvdkit.dtypes import check_supported
+from hvdkit.dtypes import check_supported, exported
 from hvdkit.errors import ArgumentError, HvdkitError
 
 
@@ -39,13 +39,14 @@ def broadcast(
             group.refuse("broadcast", name, exc)
         group.keep(key, plan)
     call, way = plan
-    flat = data.reshape(-1).view(np.uint8)
     if way == "shm":
         assert group.arena is not None
-        if group.arena_call(group.arena.native.broadcast, flat, root, call.signature):
+        arguments = (exported(data), root, call.signature)
+        if group.arena_call(group.arena.native.broadcast, *arguments):
             group.raise_mismatch(call)
         return
     group.agree(call)
+    flat = data.reshape(-1).view(np.uint8)
     if way == "mpi":
         group.library().library_broadcast(flat, root)
     else:

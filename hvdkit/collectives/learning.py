@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,64 +25,76 @@ from numpy.typing import NDArray
 from hvdkit.collectives.calls import Call
 from hvdkit.collectives.group import Group
 
+L = TypeVar("L")
 T = TypeVar("T")
-
-#: Transfers the data: ``(lengths of all ranks, signature)``; None if the signatures differed.
-Transfer = Callable[[NDArray[np.int64], int], T | None]
 
 
 @dataclass(frozen=True)
-class _Learnt:
-    """The lengths of an earlier call; without `mine` they changed once, and are asked for now."""
+class _Learnt(Generic[L]):
+    """The lengths of an earlier call, and what follows from them."""
 
-    mine: tuple[int, ...] | None
-    everyone: NDArray[np.int64]
+    mine: tuple[int, ...]
+    layout: L
     signature: int
 
 
-_CHANGING = _Learnt(None, np.empty((0, 0), np.int64), 0)
+#: In place of lengths that changed once: they are asked for now.
+_CHANGING = object()
 
 
 def with_lengths(
-    group: Group, call: Call, mine: Sequence[int], transfer: Transfer[T], *, in_arena: bool
+    group: Group,
+    call: Call,
+    mine: Sequence[int],
+    lay_out: Callable[[NDArray[np.int64]], L],
+    transfer: Callable[[L, int], T | None],
+    *,
+    in_arena: bool,
 ) -> T:
-    """Transfer with every rank's lengths, int64 ``(size, len(mine))``.  Collective.
+    """Transfer with every rank's lengths.  Collective.
 
     Args:
         group: the ranks.
         call: equal on all ranks.
         mine: this rank's lengths.
-        transfer: what to do with them.
+        lay_out: given everyone's, int64 ``(size, len(mine))``, returns what `transfer` needs.
+        transfer: given that and a signature, transfers the data; None if the signatures differed.
         in_arena: whether `transfer` compares signatures, so that lengths may be taken as known.
 
     Raises:
         MismatchError: on every rank, if ranks make different calls.
     """
     if in_arena:
-        result = _as_learnt(group, call, tuple(mine), transfer)
+        result = _as_learnt(group, call, tuple(mine), lay_out, transfer)
         if result is not None:
             return result
     everyone = group.agree(call, mine)
     # The same signature as on a rank that asks for the first time and has just been answered.
-    result = transfer(everyone, _digest(call, everyone))
+    result = transfer(lay_out(everyone), _digest(call, everyone))
     assert result is not None, "ranks that have just agreed have one signature"
     return result
 
 
-def _as_learnt(group: Group, call: Call, mine: tuple[int, ...], transfer: Transfer[T]) -> T | None:
+def _as_learnt(
+    group: Group,
+    call: Call,
+    mine: tuple[int, ...],
+    lay_out: Callable[[NDArray[np.int64]], L],
+    transfer: Callable[[L, int], T | None],
+) -> T | None:
     """Transfer with the lengths known, or ask for them the first time; None if they changed."""
     key = ("lengths", call.signature)
-    learnt: _Learnt | None = group.recall(key)
+    learnt: Any = group.recall(key)
     if learnt is _CHANGING:
         return None
     if learnt is None or learnt.mine != mine:
         everyone = group.exchange(call, mine)
         if everyone is not None:
-            learnt = _Learnt(mine, everyone, _digest(call, everyone))
+            learnt = _Learnt(mine, lay_out(everyone), _digest(call, everyone))
             group.keep(key, learnt)
-            return transfer(everyone, learnt.signature)
+            return transfer(learnt.layout, learnt.signature)
     else:
-        result = transfer(learnt.everyone, learnt.signature)
+        result = transfer(learnt.layout, learnt.signature)
         if result is not None:
             return result
     group.keep(key, _CHANGING)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.reduction import plan_reduction
+from hvdkit.dtypes import exported
 
 
 def rows_per_rank(rows: int, size: int) -> list[int]:
@@ -58,9 +59,8 @@ def reducescatter(
     out = np.empty((rows[group.rank], *source.shape[1:]), source.dtype)
     if plan.algorithm == "shm":
         assert group.arena is not None
-        operation = group.arena.native.reducescatter
-        source, target = plan.view(source), plan.view(out)
-        if group.arena_call(operation, source, target, tuple(counts), *plan.native):
+        arguments = (exported(source), exported(out), tuple(counts), *plan.native)
+        if group.arena_call(group.arena.native.reducescatter, *arguments):
             group.raise_mismatch(plan.call)
         return out
     group.agree(plan.call)

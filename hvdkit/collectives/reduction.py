@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from hvdkit.collectives.calls import Call
@@ -27,16 +26,10 @@ class Reduction:
     divisor: int
     """What a sum is divided by: the number of ranks, for an average."""
     postscale: float
-    raw: np.dtype[Any] | None
-    """How to view the array where its dtype has no buffer protocol (bfloat16)."""
     native: tuple[int, int, float, int, float, int]
     """The arena's arguments: dtype, op, prescale, divisor, postscale, signature."""
     bound: Callable[[NDArray[Any], NDArray[Any]], int] | None
     """The arena's all-reduce of (source, target), with those arguments bound."""
-
-    def view(self, array: NDArray[Any]) -> NDArray[Any]:
-        """Return `array` as the arena takes it."""
-        return array if self.raw is None else array.view(self.raw)
 
     def begin(self, group: Group, data: NDArray[Any]) -> None:
         """Scale 1-D `data` before it is reduced over messages."""
@@ -118,15 +111,9 @@ def _resolve(
         prescale=before,
         divisor=divisor,
         postscale=after,
-        raw=raw_dtype(source.dtype),
         native=native,
         bound=bound,
     )
-
-
-def raw_dtype(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
-    """Return the integer dtype under which a dtype that numpy does not know is passed on."""
-    return np.dtype(f"u{dtype.itemsize}") if dtype.kind == "V" else None
 
 
 def _number(label: str, value: object) -> float:

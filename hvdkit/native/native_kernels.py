@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from hvdkit.dtypes import DTYPE_CODES, ReduceOp, bfloat16
+from hvdkit.dtypes import DTYPE_CODES, ReduceOp, exported
 from hvdkit.native import _native
 from hvdkit.native.interface import Array, Kernels
-
-
-def _exported(array: Array) -> Array:
-    """Return a view with the buffer protocol, which ml_dtypes' arrays do not have."""
-    return array.view(np.uint16) if array.dtype == bfloat16 else array
 
 
 class NativeKernels(Kernels):
@@ -23,7 +16,7 @@ class NativeKernels(Kernels):
 
     def reduce(self, out: Array, incoming: Array, op: ReduceOp, *, incoming_first: bool) -> None:
         code = DTYPE_CODES[out.dtype]
-        _native.reduce(_exported(out), _exported(incoming), code, op, incoming_first)
+        _native.reduce(exported(out), exported(incoming), code, op, incoming_first)
 
     def scale(self, array: Array, *, divisor: int = 1, factor: float = 1.0) -> None:
-        _native.scale(_exported(array), DTYPE_CODES[array.dtype], divisor, factor)
+        _native.scale(exported(array), DTYPE_CODES[array.dtype], divisor, factor)

@@ -1,0 +1,117 @@
+"""Which targets are met, from the figures that the other benchmarks saved.
+
+    python benchmarks/targets.py [results]
+
+Each ratio is of two times taken in turns in one run.  The peer is the faster of the MPI libraries
+that were measured: a target is met only if it is met against each of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from measuring import Result, human_size, load
+
+KIB, MIB = 2**10, 2**20
+
+#: Bytes: times as fast as the MPI library, on ordinary buffers and on buffers in the arena.
+ALLREDUCE_ON_2_RANKS = {
+    4: (1.0, 1.0),
+    64: (1.0, 1.0),
+    KIB: (1.0, 1.0),
+    4 * KIB: (1.0, 1.0),
+    64 * KIB: (1.5, 3.0),
+    MIB: (1.5, 4.0),
+    16 * MIB: (1.5, 3.0),
+    64 * MIB: (3.0, 5.0),
+}
+
+#: Times as fast as the float32 sum of as many bytes: 16-bit floats, and everything else.
+SIXTEEN_BIT, OTHER_DTYPES = 1.0, 0.9
+
+
+def latest(results: list[Result], ranks: int) -> dict[tuple[str, str, str, int], Result]:
+    """Return the last figure of each (MPI, collective, name, bytes) on `ranks` ranks."""
+    return {(r.mpi, r.what, r.name, r.nbytes): r for r in results if r.ranks == ranks}
+
+
+def ratios(
+    figures: dict[tuple[str, str, str, int], Result], what: str, name: str, peer: str, nbytes: int
+) -> dict[str, float]:
+    """Return by MPI how many times as fast `name` is as `peer`."""
+    found = {}
+    for mpi in sorted({key[0] for key in figures}):
+        ours, theirs = (figures.get((mpi, what, n, nbytes)) for n in (name, peer))
+        if ours is not None and theirs is not None:
+            found[mpi] = theirs.seconds / ours.seconds
+    return found
+
+
+def line(title: str, found: dict[str, float], target: float) -> str:
+    """Return a row of a Markdown table; empty if nothing was measured."""
+    if not found:
+        return ""
+    measured = ", ".join(f"{mpi} {ratio:.2f}" for mpi, ratio in found.items())
+    verdict = "met" if min(found.values()) >= target else "missed"
+    return f"| {title} | {target:g} | {measured} | {verdict} |"
+
+
+def heading(title: str) -> None:
+    print(f"\n| {title} | target | measured | |\n|---|---:|---|---|")
+
+
+def show(rows: list[str]) -> None:
+    print("\n".join(row for row in rows if row))
+
+
+def show_allreduce(results: list[Result]) -> None:
+    figures = latest(results, 2)
+    heading("all-reduce, 2 ranks, times as fast as the MPI library")
+    for place, (name, where) in enumerate((("shm", "ordinary buffers"), ("arena", "arena"))):
+        for nbytes, targets in ALLREDUCE_ON_2_RANKS.items():
+            found = ratios(figures, "allreduce", name, "MPI library", nbytes)
+            show([line(f"{human_size(nbytes)}, {where}", found, targets[place])])
+    figures = latest(results, 4)
+    heading("all-reduce, 4 ranks, times as fast as the MPI library")
+    for nbytes in sorted({key[3] for key in figures}):
+        found = ratios(figures, "allreduce", "shm", "MPI library", nbytes)
+        show([line(f"{human_size(nbytes)}, ordinary buffers", found, 1.0)])
+
+
+def show_collectives(results: list[Result]) -> None:
+    figures = latest(results, 2)
+    heading("other collectives, 2 ranks, times as fast as the MPI library")
+    for what in dict.fromkeys(key[1] for key in figures):
+        for nbytes in sorted({key[3] for key in figures if key[1] == what}):
+            found = ratios(figures, what, "hvdkit", "MPI library", nbytes)
+            show([line(f"{what}, {human_size(nbytes)}", found, 1.0)])
+
+
+def show_dtypes(results: list[Result]) -> None:
+    figures = latest(results, 2)
+    heading("dtypes, 2 ranks, times as fast as the float32 sum of as many bytes")
+    for what in dict.fromkeys(key[1] for key in figures):
+        for name in dict.fromkeys(key[2] for key in figures if key[2] != "float32 Sum"):
+            target = SIXTEEN_BIT if "float16" in name else OTHER_DTYPES
+            for nbytes in sorted({key[3] for key in figures}):
+                found = ratios(figures, what, name, "float32 Sum", nbytes)
+                show([line(f"{what}, {name}, {human_size(nbytes)}", found, target)])
+
+
+def main() -> None:
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "results")
+    for name, part in (
+        ("allreduce", show_allreduce),
+        ("collectives", show_collectives),
+        ("dtypes", show_dtypes),
+    ):
+        path = folder / f"{name}.csv"
+        if path.exists():
+            part(load(path))
+        else:
+            print(f"\nno {path}: make bench-{name}")
+
+
+if __name__ == "__main__":
+    main()
