@@ -13,21 +13,18 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from hvdkit import collectives, native
+from hvdkit.arrays import as_array, writable
 from hvdkit.collectives.broadcast import check_root
 from hvdkit.collectives.calls import Call, mismatch
 from hvdkit.collectives.group import MOST_PLANS, Group, peer_error
 from hvdkit.collectives.reduction import Reduction
 from hvdkit.config import Config
-from hvdkit.dtypes import Average, bfloat16, check_supported
+from hvdkit.dtypes import Average, bfloat16
+from hvdkit.engine.agreement import agree_on_gradients
 from hvdkit.engine.bucketing import Gradient
 from hvdkit.engine.progress import Engine, Handle
 from hvdkit.engine.reducer import GradientReducer
-from hvdkit.errors import (
-    LauncherError,
-    MismatchError,
-    UnsupportedError,
-    describe_by_rank,
-)
+from hvdkit.errors import LauncherError
 from hvdkit.transport.arena import Arena
 from hvdkit.transport.base import Topology
 from hvdkit.transport.cores import have_own_cores
@@ -255,23 +252,11 @@ class Context:
             MismatchError: on every rank, naming the first gradient that differs.
         """
         return GradientReducer(
-            self.engine.call(self._agree_on, tuple(gradients)),
+            self.engine.call(agree_on_gradients, self.group, tuple(gradients)),
             bucket_bytes=self.config.bucket_bytes if bucket_bytes is None else bucket_bytes,
             allocate=self.empty,
             start=self.allreduce_async,
         )
-
-    def _agree_on(self, gradients: tuple[Gradient, ...]) -> tuple[Gradient, ...]:
-        self.group.agree(Call("gradient_reducer", None))
-        everyone = self._transport.allgather_object(gradients)
-        if len({len(theirs) for theirs in everyone}) > 1:
-            raise _plan_mismatch([("model", f"{len(theirs)} gradients") for theirs in everyone])
-        for same_place in zip(*everyone, strict=True):
-            if len(set(same_place)) > 1:
-                raise _plan_mismatch([(g.name, str(g)) for g in same_place])
-        for gradient in gradients:
-            check_supported(gradient.dtype, Average)
-        return gradients
 
     def _empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         self.group.agree(Call("empty", None, (("dtype", dtype.name), ("shape", str(shape)))))
@@ -339,46 +324,3 @@ def load_mpi() -> ModuleType:
             "'hvdkit[mpich]', or load your cluster's module before you start Python."
         ) from exc
     return mpi
-
-
-def as_array(x: Any) -> NDArray[Any]:
-    """Return `x` as a numpy array, without a copy where its memory can be read in place.
-
-    Raises:
-        UnsupportedError: `x` is not an array of numbers in this machine's memory.
-    """
-    if isinstance(x, np.ndarray):
-        return x
-    if hasattr(x, "__cuda_array_interface__"):
-        raise UnsupportedError("the array is in a GPU's memory; copy it to the host first")
-    has_numpy_face = hasattr(x, "__array__") or hasattr(x, "__array_interface__")
-    try:
-        if hasattr(x, "__dlpack__") and not has_numpy_face:
-            return np.from_dlpack(x)
-        array = np.asarray(x)
-    except (TypeError, ValueError, BufferError, RuntimeError) as exc:
-        raise UnsupportedError(f"{type(x).__name__} cannot be read as an array: {exc}") from exc
-    if array.dtype == object:
-        raise UnsupportedError(f"{type(x).__name__} is not an array of numbers")
-    return array
-
-
-def writable(x: Any) -> NDArray[Any]:
-    """Return `x` itself, as an array that can be changed in place.
-
-    Raises:
-        UnsupportedError: it is not a writable numpy array.
-    """
-    if not isinstance(x, np.ndarray) or not x.flags.writeable:
-        kind = "read-only array" if isinstance(x, np.ndarray) else type(x).__name__
-        raise UnsupportedError(f"an in-place collective needs a writable numpy array, not a {kind}")
-    return x
-
-
-def _plan_mismatch(seen: Sequence[tuple[str, str]]) -> MismatchError:
-    names = sorted({name for name, _ in seen})
-    shown = {rank: f"{name} {text}" for rank, (name, text) in enumerate(seen)}
-    return MismatchError(
-        f"the ranks' models differ at gradient {' / '.join(names)}\n{describe_by_rank(shown)}\n"
-        "Build the same model with the same parameters, in the same order, on every rank."
-    )

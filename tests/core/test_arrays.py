@@ -5,7 +5,7 @@ import array
 import numpy as np
 import pytest
 
-from hvdkit.context import as_array, writable
+from hvdkit.arrays import as_array, writable
 from hvdkit.errors import UnsupportedError
 
 

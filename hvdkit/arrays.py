@@ -1,0 +1,44 @@
+"""What users hand over, as numpy arrays over the same memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvdkit.errors import UnsupportedError
+
+
+def as_array(x: Any) -> NDArray[Any]:
+    """Return `x` as a numpy array, without a copy where its memory can be read in place.
+
+    Raises:
+        UnsupportedError: `x` is not an array of numbers in this machine's memory.
+    """
+    if isinstance(x, np.ndarray):
+        return x
+    if hasattr(x, "__cuda_array_interface__"):
+        raise UnsupportedError("the array is in a GPU's memory; copy it to the host first")
+    has_numpy_face = hasattr(x, "__array__") or hasattr(x, "__array_interface__")
+    try:
+        if hasattr(x, "__dlpack__") and not has_numpy_face:
+            return np.from_dlpack(x)
+        array = np.asarray(x)
+    except (TypeError, ValueError, BufferError, RuntimeError) as exc:
+        raise UnsupportedError(f"{type(x).__name__} cannot be read as an array: {exc}") from exc
+    if array.dtype == object:
+        raise UnsupportedError(f"{type(x).__name__} is not an array of numbers")
+    return array
+
+
+def writable(x: Any) -> NDArray[Any]:
+    """Return `x` itself, as an array that can be changed in place.
+
+    Raises:
+        UnsupportedError: it is not a writable numpy array.
+    """
+    if not isinstance(x, np.ndarray) or not x.flags.writeable:
+        kind = "read-only array" if isinstance(x, np.ndarray) else type(x).__name__
+        raise UnsupportedError(f"an in-place collective needs a writable numpy array, not a {kind}")
+    return x
