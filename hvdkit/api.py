@@ -265,7 +265,7 @@ def empty(shape: Sequence[int] | int, dtype: DTypeLike = np.float32) -> NDArray[
     """Return a zeroed array in the memory that the node's ranks share.  Collective.
 
     Such an array is all-reduced in place without staging, which is the fastest way there is.
-    Where ranks share no memory it is an ordinary array.  Freed at ``shutdown()``.
+    Where ranks share no memory it is an ordinary array.
     """
     return context().empty(shape, dtype)
 

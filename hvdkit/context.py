@@ -283,7 +283,7 @@ class Context:
             return reason
         arena = Arena.create(
             self._local,
-            slot_bytes=self.config.slot_bytes,
+            slot_bytes=max(self.config.slot_bytes, 64 * self.topology.local_size),
             spin=spin,
             directory=self.config.shm_dir,
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class Arena:
         self._local = local
         self._memory = memory
         self._directory = directory
+        self._gone: list[int] = []  # regions whose arrays are no more
 
     @classmethod
     def create(
@@ -85,8 +87,10 @@ class Arena:
         """Return `count` zeroed elements in the arena, at the same place on all ranks.  Collective.
 
         Such a buffer is reduced in place, without staging.  None, with a warning, where the shared
-        memory has no room for it.  The memory is freed with the arena.
+        memory has no room for it.  The memory lives as long as an array over it, at least.
         """
+        while self._gone:
+            self.native.unregister(self._gone.pop())
         stride = -(-max(1, count * dtype.itemsize) // _ALIGNMENT) * _ALIGNMENT
         memory = share_memory(self._local, stride * self._local.size, self._directory)
         if isinstance(memory, str):
@@ -96,10 +100,11 @@ class Arena:
                     stacklevel=3,
                 )
             return None
-        self.native.register(memory, stride)
-        return np.frombuffer(
-            memory, np.uint8, count * dtype.itemsize, self._local.rank * stride
-        ).view(dtype)
+        region = self.native.register(memory, stride)
+        nbytes, offset = count * dtype.itemsize, self._local.rank * stride
+        owner = np.frombuffer(memory, np.uint8, nbytes, offset)  # the base of all views of it
+        weakref.finalize(owner, self._gone.append, region).atexit = False
+        return owner.view(dtype)
 
     def close(self) -> None:
         """Leave the arena; its memory goes when the last buffer in it does."""

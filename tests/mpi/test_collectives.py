@@ -178,6 +178,17 @@ def test_memory_that_ranks_share():
     assert_equal(part, np.full(883, SIZE - 1, np.float32))
 
 
+def test_memory_that_ranks_share_is_given_back():
+    """There is room for 256 regions at a time, and for any number one after the other."""
+    for _ in range(300):
+        buffer = hvd.empty(3, np.int64)
+        part = buffer[1:]
+        del buffer
+        part[:] = 1
+        hvd.allreduce_(part, op=hvd.Sum)
+        assert part.tolist() == [SIZE, SIZE]
+
+
 def test_objects_and_numbers_of_ranks():
     assert hvd.broadcast_object({"rank": RANK}, SIZE - 1) == {"rank": SIZE - 1}
     ranks = hvd.allgather(np.array([[hvd.rank(), hvd.local_rank(), hvd.cross_rank()]]))
