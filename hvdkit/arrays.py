@@ -32,6 +32,17 @@ def as_array(x: Any) -> NDArray[Any]:
     return array
 
 
+def contiguous(x: Any) -> NDArray[Any]:
+    """Return `x` as an array that is contiguous in C order; a copy only if it must be.
+
+    Raises:
+        UnsupportedError: as `as_array`.
+    """
+    if type(x) is np.ndarray and x.flags.c_contiguous:
+        return x
+    return np.asarray(as_array(x), order="C")
+
+
 def writable(x: Any) -> NDArray[Any]:
     """Return `x` itself, as an array that can be changed in place.
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from hvdkit import collectives, native
-from hvdkit.arrays import as_array, writable
+from hvdkit.arrays import as_array, contiguous, writable
 from hvdkit.collectives.broadcast import check_root
 from hvdkit.collectives.calls import Call, mismatch
 from hvdkit.collectives.group import MOST_PLANS, Group, peer_error
@@ -114,7 +114,7 @@ class Context:
                     raise peer_error(exc) from exc
                 finally:
                     self.engine.leave()
-        source = np.asarray(as_array(x), order="C")
+        source = contiguous(x)
         target = writable(x) if in_place else np.empty(source.shape, source.dtype)
         direct = target if target.flags.c_contiguous else np.empty(source.shape, source.dtype)
         plan = self.engine.call(
@@ -159,7 +159,7 @@ class Context:
     def allgather(
         self, x: Any, *, name: str | None = None, algorithm: str = "auto"
     ) -> NDArray[Any]:
-        source = np.asarray(as_array(x), order="C")
+        source = contiguous(x)
         return self.engine.call(
             collectives.allgather, self.group, source, name=name, algorithm=algorithm
         )
@@ -177,7 +177,7 @@ class Context:
         return self.engine.call(
             collectives.reducescatter,
             self.group,
-            np.asarray(as_array(x), order="C"),
+            contiguous(x),
             op=op,
             name=name,
             prescale=prescale_factor,
@@ -219,7 +219,7 @@ class Context:
         return self.engine.call(
             collectives.alltoall,
             self.group,
-            np.asarray(as_array(x), order="C"),
+            contiguous(x),
             splits,
             name=name,
             algorithm=algorithm,

@@ -90,4 +90,4 @@ def check_supported(dtype: np.dtype[Any], op: ReduceOp | None = None) -> None:
 
 def exported(array: NDArray[Any]) -> NDArray[Any]:
     """Return a view with the buffer protocol, which ml_dtypes' arrays do not have."""
-    return array.view(np.uint16) if array.dtype == bfloat16 else array
+    return array.view(np.uint16) if array.dtype.kind == "V" else array

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from hvdkit.collectives.reduction import plan_reduction
 from hvdkit.dtypes import exported
 
 
-def rows_per_rank(rows: int, size: int) -> list[int]:
+@lru_cache
+def rows_per_rank(rows: int, size: int) -> tuple[int, ...]:
     """Return how many rows each rank is left with: the first ranks get one more of the rest."""
-    return [rows // size + (rank < rows % size) for rank in range(size)]
+    return tuple(rows // size + (rank < rows % size) for rank in range(size))
 
 
 def reducescatter(
@@ -55,11 +57,11 @@ def reducescatter(
     )
     rows = rows_per_rank(source.shape[0], group.size)
     width = math.prod(source.shape[1:])
-    counts = [n * width for n in rows]
+    counts = tuple([n * width for n in rows])
     out = np.empty((rows[group.rank], *source.shape[1:]), source.dtype)
     if plan.algorithm == "shm":
         assert group.arena is not None
-        arguments = (exported(source), exported(out), tuple(counts), *plan.native)
+        arguments = (exported(source), exported(out), counts, *plan.native)
         if group.arena_call(group.arena.native.reducescatter, *arguments):
             group.raise_mismatch(plan.call)
         return out

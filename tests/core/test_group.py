@@ -377,9 +377,9 @@ def test_no_rank_leaves_a_barrier_before_all_have_come(name):
 
 
 def test_rows_per_rank():
-    assert rows_per_rank(7, 3) == [3, 2, 2]
-    assert rows_per_rank(2, 3) == [1, 1, 0]
-    assert rows_per_rank(0, 2) == [0, 0]
+    assert rows_per_rank(7, 3) == (3, 2, 2)
+    assert rows_per_rank(2, 3) == (1, 1, 0)
+    assert rows_per_rank(0, 2) == (0, 0)
 
 
 def test_splits_that_fit():
