@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,9 @@ from hvdkit.errors import ArgumentError, NotInitializedError
 
 _context: Context | None = None
 _python_excepthook = sys.excepthook
+
+#: What a launcher may need to pass a rank's last words on; what it has not read by then is lost.
+_SECONDS_TO_FORWARD = 0.5
 
 
 def init(comm: Any = None) -> None:
@@ -282,4 +286,5 @@ def _end_job(
             f"hvdkit: rank {here.rank} of {here.size} raised {kind.__name__}; ending the job\n"
         )
         sys.stderr.flush()
+        time.sleep(_SECONDS_TO_FORWARD)
         _context.abort(1)
