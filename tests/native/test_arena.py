@@ -274,6 +274,24 @@ def test_results_do_not_depend_on_the_path() -> None:
     run(size, body)
 
 
+def test_large_results_at_odd_addresses() -> None:
+    """From 16 MiB on, an all-reduce out of place and an all-gather write past the caches."""
+    size, count = 2, (16 << 20) + 1001
+
+    def body(rank: int, arena: Any) -> None:
+        inputs = [np.resize(np.arange(251 + r, dtype=np.uint8), count) for r in range(size)]
+        out = np.zeros(count + 5, np.uint8)
+        target = out[3:-2]
+        assert arena.allreduce(inputs[rank], target, 1, SUM, 1.0, 1, 1.0, 3) == 0
+        same_bits(target, inputs[0] + inputs[1])
+        both = np.zeros(2 * count + 1, np.uint8)
+        assert arena.allgather(inputs[rank], both[1:], (count, count), 4) == 0
+        same_bits(both[1:], np.concatenate(inputs))
+        assert not out[:3].any() and not out[-2:].any() and not both[:1].any()
+
+    run(size, body)
+
+
 # ------------------------------------------------------------------------------ other collectives
 
 

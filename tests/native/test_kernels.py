@@ -123,6 +123,31 @@ def test_min_and_max_keep_numpys_choice_of_zero_and_nan(kernels: Kernels, dtype:
             )
 
 
+@needs_native
+@pytest.mark.parametrize("half", HALVES, ids=str)
+@pytest.mark.parametrize("op, oracle", [(ReduceOp.SUM, np.add), (ReduceOp.PRODUCT, np.multiply)])
+def test_any_two_halves_give_numpys_bits(half: np.dtype, op: ReduceOp, oracle: np.ufunc) -> None:
+    """Of two NaNs a sum took the first or the second one's sign, as the compiler's order had it."""
+    rng = np.random.default_rng(3)
+    left, right = rng.integers(0, 1 << 16, (2, 300_001)).astype(np.uint16)
+    exponent = 0x7C00 if half == np.float16 else 0x7F80
+    left[::2] &= ~np.uint16(exponent)  # subnormals
+    right[::3] = left[::3] ^ (right[::3] & np.uint16(0x80FF))  # neighbours, and ties
+    left[::50] |= np.uint16(exponent)
+    right[::100] |= np.uint16(exponent)
+    with np.errstate(all="ignore"):
+        wanted = oracle(left.view(half), right.view(half)).view(np.uint16)
+    best = _native.cpu_features()
+    try:
+        for variant in _native.variants():
+            _native.select_variant(variant)
+            out = left.copy()
+            _native.reduce(out, right, DTYPE_CODES[half], int(op), False)
+            np.testing.assert_array_equal(out, wanted, err_msg=variant)
+    finally:
+        _native.select_variant(best)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_reduce_of_unaligned_views(kernels: Kernels, dtype: np.dtype) -> None:
     for offset in (1, 3, 5):

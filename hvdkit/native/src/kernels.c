@@ -21,6 +21,7 @@ enum { HV_CHUNK = 256,    /* 16-bit floats widened at a time */
 typedef struct {
     const char *name;
     void (*copy)(void *, const void *, size_t);
+    void (*copy_past)(void *, const void *, size_t);
     void (*combine[HV_DTYPES][HV_OPS])(void *, const void *, const void *, size_t);
     void (*accumulate[2][HV_OPS])(float *, const void *, size_t);
     void (*divide[HV_DTYPES])(void *, size_t, uint64_t);
@@ -149,6 +150,8 @@ int hv_is_defined(enum hv_dtype dtype, enum hv_op op)
 }
 
 void hv_copy(void *dst, const void *src, size_t bytes) { active->copy(dst, src, bytes); }
+
+void hv_copy_past(void *dst, const void *src, size_t bytes) { active->copy_past(dst, src, bytes); }
 
 /* Sums and scalings of complex numbers are those of twice as many real ones. */
 static inline enum hv_dtype real_parts(enum hv_dtype dtype, size_t *count)

@@ -57,6 +57,9 @@ int hv_convert(enum hv_dtype to, void *dst, enum hv_dtype from, const void *src,
  * quarter of the speed when source and destination differ in their offset within a page. */
 void hv_copy(void *dst, const void *src, size_t bytes);
 
+/* Copy past the caches, to a destination that is too large to stay in them. */
+void hv_copy_past(void *dst, const void *src, size_t bytes);
+
 /* The variant in use ("baseline", "avx2", "avx512"), and the names of those that run here. */
 const char *hv_variant_name(void);
 size_t hv_variant_count(void);

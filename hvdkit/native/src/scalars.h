@@ -107,14 +107,17 @@ static inline int16_t hv_sign_magnitude_key(uint16_t x)
     return (int16_t)((magnitude ^ sign) - sign);
 }
 
-/* To nearest even; every NaN becomes the quiet one of its sign, as in ml_dtypes. */
-static inline uint16_t hv_f32_to_bf16(float x)
+/* To nearest even, in the upper 16 bits, with anything below; every NaN becomes the quiet one of
+ * its sign, as in ml_dtypes. */
+static inline uint32_t hv_round_to_bf16(float x)
 {
     const uint32_t bits = hv_bits_of_float(x);
-    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-    const uint32_t nan = (bits >> 16 & 0x8000u) | 0x7fc0u;
-    return (uint16_t)(x != x ? nan : rounded);
+    const uint32_t rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+    const uint32_t nan = (bits & 0x80000000u) | 0x7fc00000u;
+    return x != x ? nan : rounded;
 }
+
+static inline uint16_t hv_f32_to_bf16(float x) { return (uint16_t)(hv_round_to_bf16(x) >> 16); }
 
 /* Truncate toward zero; what does not fit becomes the nearest that does, and NaN becomes 0.  (C
  * leaves both undefined.)  `bound` is the first double beyond the largest value. */
