@@ -92,11 +92,6 @@ def main() -> None:
     nbytes = sum(gradient.nbytes for gradient in gradients)
     everyone = [kind(gradients, unpack=u) for u in (True, False) for kind in (step, roof)]
     results = measuring.run("training step", [nbytes], everyone, turns=args.turns)
-    if hvd.rank() == 0:
-        seconds = {result.name: result.seconds for result in results}
-        for suffix in ("", ", views"):
-            ratio = seconds[f"step{suffix}"] / seconds[f"roof{suffix}"]
-            print(f"step{suffix}: {ratio:.2f} times the roof")
     measuring.report(results, args.csv)
 
 

@@ -1,6 +1,6 @@
 """Which targets are met, from the figures that the other benchmarks saved.
 
-    python benchmarks/targets.py [results]
+    python benchmarks/targets.py [FOLDER [BENCHMARK ...]]
 
 Each ratio is of two times taken in turns in one run.  The peer is the faster of the MPI libraries
 that were measured: a target is met only if it is met against each of them.
@@ -8,7 +8,7 @@ that were measured: a target is met only if it is met against each of them.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from measuring import Result, human_size, load
@@ -29,6 +29,9 @@ ALLREDUCE_ON_2_RANKS = {
 
 #: Times as fast as the float32 sum of as many bytes: 16-bit floats, and everything else.
 SIXTEEN_BIT, OTHER_DTYPES = 1.0, 0.9
+
+#: A training step's communication takes at most so many times what the memory could do.
+STEP_OVER_ROOF = 1.3
 
 
 def latest(results: list[Result], ranks: int) -> dict[tuple[str, str, str, int], Result]:
@@ -99,16 +102,36 @@ def show_dtypes(results: list[Result]) -> None:
                 show([line(f"{what}, {name}, {human_size(nbytes)}", found, target)])
 
 
+def show_step(results: list[Result]) -> None:
+    figures = latest(results, 2)
+    heading("a step's communication, 2 ranks, times the roof (at most)")
+    for nbytes in sorted({key[3] for key in figures}):
+        for suffix in ("", ", views"):
+            found = ratios(figures, "training step", f"roof{suffix}", f"step{suffix}", nbytes)
+            measured = ", ".join(f"{mpi} {ratio:.2f}" for mpi, ratio in found.items())
+            if found:
+                verdict = "met" if max(found.values()) <= STEP_OVER_ROOF else "missed"
+                title = f"{human_size(nbytes)}{suffix}"
+                print(f"| {title} | {STEP_OVER_ROOF:g} | {measured} | {verdict} |")
+
+
+PARTS = {
+    "allreduce": show_allreduce,
+    "collectives": show_collectives,
+    "dtypes": show_dtypes,
+    "step": show_step,
+}
+
+
 def main() -> None:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "results")
-    for name, part in (
-        ("allreduce", show_allreduce),
-        ("collectives", show_collectives),
-        ("dtypes", show_dtypes),
-    ):
-        path = folder / f"{name}.csv"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("results"))
+    parser.add_argument("benchmarks", nargs="*", default=[*PARTS], metavar="benchmark")
+    args = parser.parse_args()
+    for name in args.benchmarks:
+        path = args.folder / f"{name}.csv"
         if path.exists():
-            part(load(path))
+            PARTS[name](load(path))
         else:
             print(f"\nno {path}: make bench-{name}")
 
