@@ -92,3 +92,19 @@ def test_a_library_that_cannot_count_so_far_says_so(kind, monkeypatch):
             np.zeros(500 if kind == "allgather" else 1000, np.uint8), algorithm="mpi"
         )
     assert hvd.allreduce(np.ones(1), op=hvd.Sum)[0] == SIZE
+
+
+@pytest.mark.parametrize("count", [20_000, 300_001])
+def test_slots_filled_through_the_cache_and_past_it(count):
+    """The first calls of a size try both ways in turn; nobody may see a difference."""
+    x = np.arange(count, dtype=np.float32) % 97
+    for step in range(6):
+        mine = x * (RANK + 1) + step
+        total = x * sum(range(1, SIZE + 1)) + step * SIZE
+        everyone = np.concatenate([x * (rank + 1) + step for rank in range(SIZE)])
+        np.testing.assert_array_equal(hvd.allreduce(mine, op=hvd.Sum), total)
+        np.testing.assert_array_equal(hvd.allgather(mine), everyone)
+        np.testing.assert_array_equal(hvd.broadcast(mine, SIZE - 1), x * SIZE + step)
+        rows = np.tile(mine, (SIZE, 1))
+        np.testing.assert_array_equal(hvd.reducescatter(rows, op=hvd.Sum)[0], total)
+        np.testing.assert_array_equal(hvd.alltoall(rows).ravel(), everyone)

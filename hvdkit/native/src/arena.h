@@ -47,6 +47,19 @@ typedef struct {
     size_t stride;
 } hv_region;
 
+/* The collectives that move data through slots, piece by piece; see stores.c. */
+enum hv_kind { HV_ALLREDUCE, HV_REDUCESCATTER, HV_BROADCAST, HV_ALLGATHER, HV_ALLTOALL, HV_KINDS };
+enum { HV_SIZE_CLASSES = 24 }; /* powers of two from 4 KiB on */
+
+typedef void (*hv_fill)(void *dst, const void *src, size_t bytes);
+
+typedef struct {
+    uint32_t calls;
+    int past;          /* whether the call under way fills slots past the cache */
+    double began;      /* when all ranks had come, in seconds */
+    double seconds[2]; /* what a call took lately: through the cache, past it */
+} hv_choice;
+
 typedef struct {
     int rank, size;
     size_t slot_bytes;
@@ -60,6 +73,8 @@ typedef struct {
     hv_region regions[HV_MAX_REGIONS];
     int region_count; /* of entries that were ever in use */
     uint64_t last_region;
+    hv_choice choices[HV_KINDS][HV_SIZE_CLASSES];
+    hv_choice *judged; /* of the call under way; NULL if its message is short */
     const void *sources[HV_MAX_RANKS]; /* scratch of one call */
     void *targets[HV_MAX_RANKS];
 } hv_arena;
@@ -86,6 +101,13 @@ void hv_post(hv_arena *arena);
 /* Wait until `rank`, or everyone, has posted the round begun last. */
 int hv_wait_rank(hv_arena *arena, int rank);
 int hv_wait_all(hv_arena *arena);
+
+/* --------------------------------------------------------- stores.c: which stores fill the slots */
+
+/* The stores for a call's slots; then say when all ranks have come, and when the call is done. */
+hv_fill hv_choose_fill(hv_arena *arena, enum hv_kind kind, size_t bytes);
+void hv_start_fill(hv_arena *arena);
+void hv_judge_fill(hv_arena *arena);
 
 /* ---------------------------------------------------------- collectives.c: all return hv_status */
 

@@ -12,6 +12,7 @@ enum {
      * rounds is as fast from 8 KiB on; on four ranks on two cores, one round is faster to 16 KiB. */
     SMALL_ALLREDUCE = 32768,
     MIN_IN_REGION = 1024, /* a smaller one is no faster in place, for it takes a second round */
+    MIN_JUDGED = 32768,   /* shorter messages fill slots through the cache */
     MIN_PIECE = 16384,    /* a broadcast is cut in pieces of this size or larger */
     /* A result of this size or larger, apart from the source, goes past the caches.  Measured on
      * two ranks with 32 MiB of cache: no gain at 4 MiB, about a third less time at 16 MiB.  In a
@@ -54,6 +55,22 @@ static int agree(hv_arena *arena, uint64_t signature)
         if (hv_slot_of(arena, rank, 0)->signature != signature)
             return HV_MISMATCH;
     return HV_OK;
+}
+
+/* As agree, where the slots' stores are then judged by the time from here on. */
+static int agree_and_start(hv_arena *arena, uint64_t signature)
+{
+    const int status = agree(arena, signature);
+    if (!status)
+        hv_start_fill(arena);
+    return status;
+}
+
+/* The slots of a short message are filled through the cache, and nobody takes the time. */
+static hv_fill choose_fill(hv_arena *arena, enum hv_kind kind, size_t bytes)
+{
+    arena->judged = NULL;
+    return bytes < MIN_JUDGED ? hv_copy : hv_choose_fill(arena, kind, bytes);
 }
 
 static int finish_round(hv_arena *arena)
@@ -127,6 +144,7 @@ typedef struct {
     size_t pieces;
     size_t share_stride; /* bytes between shares in a slot */
     int past_caches;     /* whether dst is large and apart from src */
+    hv_fill fill;        /* how slots are filled */
 } layout;
 
 typedef struct {
@@ -172,7 +190,7 @@ static void publish_piece(const hv_arena *arena, const layout *l, size_t piece)
     for (int step = 1; step < arena->size; step++) {
         const int rank = (arena->rank + step) % arena->size;
         const span share = piece_share(arena, l, piece, rank);
-        hv_copy(payload + (size_t)rank * l->share_stride, l->src + share.offset, share.bytes);
+        l->fill(payload + (size_t)rank * l->share_stride, l->src + share.offset, share.bytes);
     }
 }
 
@@ -193,10 +211,15 @@ static void reduce_share(hv_arena *arena, const layout *l, size_t piece, const h
     for (int rank = 0; rank < arena->size; rank++)
         arena->sources[rank] = hv_slot_of(arena, rank, 1)->payload + hole;
     arena->sources[arena->rank] = l->src + share.offset;
-    hv_reduce_many(recipe, targets, l->past_caches ? 1 : 2, arena->sources, (size_t)arena->size,
-                   share.bytes / l->itemsize);
-    if (l->past_caches)
+    const size_t count = share.bytes / l->itemsize, sources = (size_t)arena->size;
+    if (l->fill == hv_copy_past) {
+        hv_reduce_many(recipe, targets + 1, 1, arena->sources, sources, count);
+        hv_copy_past(targets[0], targets[1], share.bytes);
+    } else if (l->past_caches) {
+        hv_reduce_many(recipe, targets, 1, arena->sources, sources, count);
         hv_copy_past(targets[1], targets[0], share.bytes);
+    } else
+        hv_reduce_many(recipe, targets, 2, arena->sources, sources, count);
 }
 
 static void collect_piece(const hv_arena *arena, const layout *l, size_t piece)
@@ -212,6 +235,7 @@ static void collect_piece(const hv_arena *arena, const layout *l, size_t piece)
 /* Round k+1 publishes piece k and the results of piece k-1; piece 0 has been published. */
 static int allreduce_staged(hv_arena *arena, const layout *l, const hv_recipe *recipe)
 {
+    hv_start_fill(arena);
     for (size_t piece = 1; piece <= l->pieces; piece++) {
         int status = hv_begin(arena);
         if (status)
@@ -224,6 +248,7 @@ static int allreduce_staged(hv_arena *arena, const layout *l, const hv_recipe *r
             return status;
         collect_piece(arena, l, piece - 1);
     }
+    hv_judge_fill(arena);
     return HV_OK;
 }
 
@@ -268,7 +293,8 @@ int hv_allreduce(hv_arena *arena, const void *src, void *dst, size_t count,
         return HV_OK;
     }
     const int small = bytes <= hv_small_limit(arena);
-    const layout l = plan_pieces(arena, src, dst, count, hv_itemsize(recipe->dtype));
+    layout l = plan_pieces(arena, src, dst, count, hv_itemsize(recipe->dtype));
+    l.fill = choose_fill(arena, HV_ALLREDUCE, small ? 0 : bytes);
     int status = begin_operation(arena, signature);
     if (status)
         return status;
@@ -320,11 +346,13 @@ int hv_reducescatter(hv_arena *arena, const void *src, void *dst, const size_t *
 {
     const size_t itemsize = hv_itemsize(recipe->dtype), part = part_bytes(arena);
     const int me = arena->rank;
-    size_t largest = 0, own_offset = 0;
+    size_t largest = 0, own_offset = 0, total = 0;
     for (int rank = 0; rank < arena->size; rank++) {
         largest = counts[rank] > largest ? counts[rank] : largest;
         own_offset += rank < me ? counts[rank] * itemsize : 0;
+        total += counts[rank] * itemsize;
     }
+    const hv_fill fill = choose_fill(arena, HV_REDUCESCATTER, total);
     for (size_t k = 0; k == 0 || k * part < largest * itemsize; k++) {
         int status = k ? hv_begin(arena) : begin_operation(arena, signature);
         if (status)
@@ -333,11 +361,11 @@ int hv_reducescatter(hv_arena *arena, const void *src, void *dst, const size_t *
         for (int rank = 0; rank < arena->size; rank++) {
             const size_t bytes = counts[rank] * itemsize;
             if (rank != me)
-                hv_copy(hv_own_slot(arena)->payload + part_index(me, rank) * part, from + k * part,
-                        part_length(bytes, part, k));
+                fill(hv_own_slot(arena)->payload + part_index(me, rank) * part, from + k * part,
+                     part_length(bytes, part, k));
             from += bytes;
         }
-        status = k ? finish_round(arena) : agree(arena, signature);
+        status = k ? finish_round(arena) : agree_and_start(arena, signature);
         if (status)
             return status;
         const size_t bytes = part_length(counts[me] * itemsize, part, k);
@@ -350,6 +378,7 @@ int hv_reducescatter(hv_arena *arena, const void *src, void *dst, const size_t *
                            : hv_slot_of(arena, rank, 0)->payload + part_index(rank, me) * part;
         hv_reduce_many(recipe, &target, 1, arena->sources, (size_t)arena->size, bytes / itemsize);
     }
+    hv_judge_fill(arena);
     return HV_OK;
 }
 
@@ -360,6 +389,7 @@ int hv_broadcast(hv_arena *arena, void *data, size_t bytes, int root, uint64_t s
 {
     const size_t quarter = ceil_div(bytes, 4);
     const size_t piece = min_size(arena->slot_bytes, quarter > MIN_PIECE ? quarter : MIN_PIECE);
+    const hv_fill fill = choose_fill(arena, HV_BROADCAST, bytes);
     for (size_t done = 0; done == 0 || done < bytes; done += piece) {
         const size_t length = min_size(piece, bytes - done);
         int status = HV_OK;
@@ -372,9 +402,9 @@ int hv_broadcast(hv_arena *arena, void *data, size_t bytes, int root, uint64_t s
         if (status)
             return status;
         if (arena->rank == root)
-            hv_copy(hv_own_slot(arena)->payload, (char *)data + done, length);
+            fill(hv_own_slot(arena)->payload, (char *)data + done, length);
         if (!done)
-            status = agree(arena, signature);
+            status = agree_and_start(arena, signature);
         else {
             hv_post(arena);
             if (arena->rank != root)
@@ -385,6 +415,7 @@ int hv_broadcast(hv_arena *arena, void *data, size_t bytes, int root, uint64_t s
         if (arena->rank != root)
             hv_copy((char *)data + done, hv_slot_of(arena, root, 0)->payload, length);
     }
+    hv_judge_fill(arena);
     return HV_OK;
 }
 
@@ -396,17 +427,17 @@ int hv_allgather(hv_arena *arena, const void *src, void *dst, const size_t *byte
     size_t largest = 0, total = 0;
     for (int rank = 0; rank < arena->size; total += bytes[rank++])
         largest = bytes[rank] > largest ? bytes[rank] : largest;
+    const hv_fill fill = choose_fill(arena, HV_ALLGATHER, total);
     for (size_t k = 0; k == 0 || k * part < largest; k++) {
         int status = k ? hv_begin(arena) : begin_operation(arena, signature);
         if (status)
             return status;
         const size_t own = part_length(bytes[me], part, k);
-        hv_copy(hv_own_slot(arena)->payload, (const char *)src + k * part, own);
-        status = k ? finish_round(arena) : agree(arena, signature);
+        fill(hv_own_slot(arena)->payload, (const char *)src + k * part, own);
+        status = k ? finish_round(arena) : agree_and_start(arena, signature);
         if (status)
             return status;
-        void (*const copy)(void *, const void *, size_t) =
-            total >= LARGE_RESULT ? hv_copy_past : hv_copy;
+        const hv_fill copy = total >= LARGE_RESULT ? hv_copy_past : hv_copy;
         char *to = dst;
         for (int rank = 0; rank < arena->size; rank++) {
             const void *from = rank == me ? (const char *)src + k * part
@@ -416,6 +447,7 @@ int hv_allgather(hv_arena *arena, const void *src, void *dst, const size_t *byte
             to += bytes[rank];
         }
     }
+    hv_judge_fill(arena);
     return HV_OK;
 }
 
@@ -424,6 +456,8 @@ int hv_alltoall(hv_arena *arena, const void *src, void *dst, const size_t *sent,
 {
     const size_t part = part_bytes(arena);
     const int me = arena->rank;
+    const size_t most = largest_pair * (size_t)arena->size;
+    const hv_fill fill = choose_fill(arena, HV_ALLTOALL, most);
     for (size_t k = 0; k == 0 || k * part < largest_pair; k++) {
         int status = k ? hv_begin(arena) : begin_operation(arena, signature);
         if (status)
@@ -433,10 +467,10 @@ int hv_alltoall(hv_arena *arena, const void *src, void *dst, const size_t *sent,
             if (rank == me)
                 own = from;
             else
-                hv_copy(hv_own_slot(arena)->payload + part_index(me, rank) * part, from + k * part,
-                        part_length(sent[rank], part, k));
+                fill(hv_own_slot(arena)->payload + part_index(me, rank) * part, from + k * part,
+                     part_length(sent[rank], part, k));
         }
-        status = k ? finish_round(arena) : agree(arena, signature);
+        status = k ? finish_round(arena) : agree_and_start(arena, signature);
         if (status)
             return status;
         char *to = dst;
@@ -446,6 +480,7 @@ int hv_alltoall(hv_arena *arena, const void *src, void *dst, const size_t *sent,
                                : hv_slot_of(arena, rank, 0)->payload + part_index(rank, me) * part,
                     part_length(received[rank], part, k));
     }
+    hv_judge_fill(arena);
     return HV_OK;
 }
 #endif

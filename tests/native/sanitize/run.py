@@ -114,7 +114,7 @@ def expect_success(command: Sequence[str | Path], **options: object) -> str:
 
 
 def build_driver(compiler: str, flags: Sequence[str], program: Path, sources: Path) -> None:
-    names = ("arena.c", "collectives.c", "kernels.c")
+    names = ("arena.c", "collectives.c", "kernels.c", "stores.c")
     files = [*(sources / name for name in names), *HERE.glob("*.c"), "-o", program]
     expect_success(
         [compiler, *FLAGS, *flags, "-Wall", "-Wextra", "-pthread", f"-I{sources}", *files, "-lm"],
