@@ -138,7 +138,8 @@ def allreduce(
         PeerError: another rank died.
         NotInitializedError: ``init()`` was not called.
     """
-    return context().allreduce(x, op, name, prescale_factor, postscale_factor, algorithm)
+    here = _context or context()
+    return here.allreduce(x, op, name, prescale_factor, postscale_factor, algorithm)
 
 
 def allreduce_(
@@ -150,9 +151,8 @@ def allreduce_(
     algorithm: str = "auto",
 ) -> NDArray[Any]:
     """Replace `x` by the combination of all ranks' `x`, and return it; else as `allreduce`."""
-    return context().allreduce(
-        x, op, name, prescale_factor, postscale_factor, algorithm, in_place=True
-    )
+    here = _context or context()
+    return here.allreduce(x, op, name, prescale_factor, postscale_factor, algorithm, True)
 
 
 def allgather(x: Any, name: str | None = None, algorithm: str = "auto") -> NDArray[Any]:

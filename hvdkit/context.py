@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy import ndarray
 from numpy.typing import DTypeLike, NDArray
 
 from hvdkit import collectives, native
@@ -98,22 +99,28 @@ class Context:
     ) -> NDArray[Any]:
         # A call like an earlier one goes the short way: Python costs more than 4 bytes do.
         key = None
-        if type(x) is np.ndarray and x.flags.carray:
+        if type(x) is ndarray:
             key = (x.dtype, x.shape, op, name, prescale_factor, postscale_factor, algorithm)
             try:
                 plan = self._short.get(key)
             except TypeError:  # an argument that cannot be hashed; it is refused below
                 plan = None
-            if plan is not None and self.engine.enter():
+            engine = self.engine
+            if plan is not None and engine.free and engine.take(False):
+                status = None
                 try:
                     target = x if in_place else np.empty(x.shape, x.dtype)
-                    if plan.bound(x, target):
-                        self.group.raise_mismatch(plan.call)
-                    return target
+                    status = plan.bound(x, target)
+                    if status == 0:
+                        return target
+                except ValueError:  # not contiguous, or read-only: nothing was published
+                    pass
                 except RuntimeError as exc:
                     raise peer_error(exc) from exc
                 finally:
-                    self.engine.leave()
+                    engine.leave()
+                if status is not None:
+                    self.engine.call(self.group.raise_mismatch, plan.call)
         source = contiguous(x)
         target = writable(x) if in_place else np.empty(source.shape, source.dtype)
         direct = target if target.flags.c_contiguous else np.empty(source.shape, source.dtype)

@@ -70,6 +70,11 @@ class Engine:
     def __init__(self, *, threaded: bool) -> None:
         self._threaded = threaded
         self._busy = threading.Lock()
+        self.free = True
+        """Whether nothing is queued and the engine is open: then `take(False)` may take it."""
+        self.take = self._busy.acquire
+        self.leave = self._busy.release
+        """Takes the engine for a synchronous call; lets others communicate again."""
         self._queue: deque[Handle[Any]] = deque()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -90,31 +95,25 @@ class Engine:
                     target=self._progress, name="hvdkit-progress", daemon=True
                 )
                 self._thread.start()
+            self.free = False
             self._queue.append(handle)
             self._wake.notify()
         return handle
 
     def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run `function` after all that was submitted before it, and return its result."""
-        if self.enter():
+        if self.free and self.take(False):
             try:
                 return function(*args, **kwargs)
             finally:
                 self.leave()
         return self.submit(lambda: function(*args, **kwargs)).wait()
 
-    def enter(self) -> bool:
-        """Return whether the engine was idle; if so, it is the caller's until `leave`."""
-        return not self._queue and not self._closed and self._busy.acquire(False)
-
-    def leave(self) -> None:
-        """Let others communicate again."""
-        self._busy.release()
-
     def close(self) -> None:
         """Finish what is in flight, cancel what is queued behind it, and end the thread."""
         with self._wake:
             self._closed = True
+            self.free = False
             pending, self._queue = list(self._queue), deque()
             self._wake.notify()
         for handle in pending:
@@ -140,5 +139,6 @@ class Engine:
             with self._busy:
                 with self._wake:
                     handle = self._queue.popleft() if self._queue else None
+                    self.free = not self._queue and not self._closed
                 if handle is not None:
                     handle.run()
