@@ -49,15 +49,16 @@ typedef struct {
 
 /* The collectives that move data through slots, piece by piece; see stores.c. */
 enum hv_kind { HV_ALLREDUCE, HV_REDUCESCATTER, HV_BROADCAST, HV_ALLGATHER, HV_ALLTOALL, HV_KINDS };
-enum { HV_SIZE_CLASSES = 24 }; /* powers of two from 4 KiB on */
+enum { HV_SIZE_CLASSES = 24, /* powers of two from 4 KiB on */
+       HV_RECENT = 3 };
 
 typedef void (*hv_fill)(void *dst, const void *src, size_t bytes);
 
 typedef struct {
     uint32_t calls;
     int past;          /* whether the call under way fills slots past the cache */
-    double began;      /* when all ranks had come, in seconds */
-    double seconds[2]; /* what a call took lately: through the cache, past it */
+    double began; /* when all ranks had come, in seconds */
+    double seconds[2][HV_RECENT]; /* what calls took lately: through the cache, past it */
 } hv_choice;
 
 typedef struct {

@@ -3,15 +3,16 @@
  * A reader gets a line that is dirty in the writer's cache from there.  Between cores that share a
  * cache that is several times as fast as memory; between others it is several times slower, and then
  * data that has gone to memory comes sooner.  Which it is depends on where the scheduler, or a
- * hypervisor, has put the ranks, and on the size.  So both are tried, now and then, and the quicker
- * one is taken in between.  The result is the same bits either way, and every rank may choose for
- * itself; but all ranks count the same calls and so try the same stores at the same time. */
+ * hypervisor, has put the ranks, and on the size.  So every call is timed, from the moment when all
+ * ranks have come; the kind of stores that was quicker lately is taken, and now and then the other
+ * is tried.  The result is the same bits either way, so every rank may choose for itself; but all
+ * ranks count the same calls, and so try at the same time. */
 #if defined(__linux__)
 #include "arena.h"
 
 #include <time.h>
 
-enum { PERIOD = 128, TRIALS = 4 }; /* of PERIOD calls, so many are trials: of each kind in turn */
+enum { FIRST_TRIALS = 4, PERIOD = 64 };
 
 static double now(void)
 {
@@ -28,12 +29,28 @@ static hv_choice *choice_of(hv_arena *arena, enum hv_kind kind, size_t bytes)
     return &arena->choices[kind][size_class];
 }
 
+/* The best of the last calls: one that was interrupted must not decide. */
+static double best(const double seconds[HV_RECENT])
+{
+    double least = seconds[0];
+    for (int i = 1; i < HV_RECENT; i++)
+        least = seconds[i] < least ? seconds[i] : least;
+    return least;
+}
+
+static int is_trial(const hv_choice *choice)
+{
+    return choice->calls < FIRST_TRIALS || choice->calls % PERIOD == 0;
+}
+
 hv_fill hv_choose_fill(hv_arena *arena, enum hv_kind kind, size_t bytes)
 {
     hv_choice *choice = choice_of(arena, kind, bytes);
-    const uint32_t place = choice->calls % PERIOD;
-    choice->past = place < TRIALS ? place & 1 : choice->seconds[1] < choice->seconds[0];
     arena->judged = choice;
+    if (choice->calls < FIRST_TRIALS)
+        choice->past = choice->calls & 1;
+    else
+        choice->past = (best(choice->seconds[1]) < best(choice->seconds[0])) ^ is_trial(choice);
     return choice->past ? hv_copy_past : hv_copy;
 }
 
@@ -43,18 +60,18 @@ void hv_start_fill(hv_arena *arena)
         arena->judged->began = now();
 }
 
-/* Of the two trials of a kind the quicker counts: the other may have met a page fault. */
 void hv_judge_fill(hv_arena *arena)
 {
     hv_choice *choice = arena->judged;
     if (!choice)
         return;
-    const uint32_t place = choice->calls++ % PERIOD;
-    if (place >= TRIALS)
-        return;
     const double seconds = now() - choice->began;
-    double *known = &choice->seconds[choice->past];
-    if (place < TRIALS / 2 || seconds < *known)
-        *known = seconds;
+    double *known = choice->seconds[choice->past];
+    if (is_trial(choice)) /* what was known is too old to count */
+        for (int i = 0; i < HV_RECENT; i++)
+            known[i] = seconds;
+    else
+        known[choice->calls % HV_RECENT] = seconds;
+    choice->calls++;
 }
 #endif
