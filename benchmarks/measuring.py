@@ -143,11 +143,11 @@ def show(results: list[Result]) -> None:
 
 
 def show_summary(results: list[Result]) -> None:
-    """Print the medians as one table in Markdown, and the bus bandwidth of the fastest."""
+    """Print the medians as one table in Markdown, and the bandwidths of the fastest, in GB/s."""
     names = list(dict.fromkeys(result.name for result in results))
     title = f"{results[0].what}, {results[0].ranks} ranks, {results[0].mpi}"
-    print(f"\n| {title} | {' | '.join(names)} | best busbw | errors |")
-    print(f"|---|{'---:|' * (len(names) + 2)}")
+    print(f"\n| {title} | {' | '.join(names)} | algbw | busbw | errors |")
+    print(f"|---|{'---:|' * (len(names) + 3)}")
     for nbytes in sorted({result.nbytes for result in results}):
         rows = {result.name: result for result in results if result.nbytes == nbytes}
         best = min(rows.values(), key=lambda r: r.seconds)
@@ -156,7 +156,8 @@ def show_summary(results: list[Result]) -> None:
             for n in names
         ]
         wrong = sum(result.wrong for result in rows.values())
-        row = [human_size(nbytes), *cells, f"{best.busbw / 1e9:.3g} GB/s", str(wrong)]
+        speeds = [f"{best.algbw / 1e9:.3g}", f"{best.busbw / 1e9:.3g}"]
+        row = [human_size(nbytes), *cells, *speeds, str(wrong)]
         print(f"| {' | '.join(row)} |")
 
 
@@ -177,7 +178,7 @@ def show_machine() -> None:
 
 def mpi_name() -> str:
     """Return ``"Open MPI 5.0.11"`` or ``"MPICH 5.0.2"``."""
-    return library_version().replace("Version:", "").replace(" v", " ").replace("      ", " ")
+    return " ".join(library_version().replace("Version:", "").replace(" v", " ").split())
 
 
 def save(results: list[Result], path: Path) -> None:
