@@ -48,7 +48,7 @@ def allreduce_(
 ) -> torch.Tensor:
     """Replace `tensor` by the combination of all ranks', and return it.  Collective, blocking."""
     context().allreduce(
-        array_of(tensor),
+        array_of(tensor, in_place=True),
         op=op,
         name=name,
         prescale_factor=prescale_factor,
@@ -109,7 +109,9 @@ def broadcast_(
     algorithm: str = "auto",
 ) -> torch.Tensor:
     """Replace `tensor` by the root's, and return it.  Collective, blocking."""
-    context().broadcast(array_of(tensor), root_rank, name=name, algorithm=algorithm, in_place=True)
+    context().broadcast(
+        array_of(tensor, in_place=True), root_rank, name=name, algorithm=algorithm, in_place=True
+    )
     return tensor
 
 

@@ -12,8 +12,11 @@ from hvdkit.dtypes import bfloat16
 from hvdkit.errors import UnsupportedError
 
 
-def array_of(tensor: Any) -> NDArray[Any]:
+def array_of(tensor: Any, *, in_place: bool = False) -> NDArray[Any]:
     """Return the array that shares `tensor`'s memory.
+
+    A tensor whose conjugation or negation torch has put off is read as what it stands for, by a
+    copy; that cannot be had `in_place`.
 
     Raises:
         UnsupportedError: not a dense tensor in this machine's memory, or of a dtype that numpy
@@ -26,6 +29,11 @@ def array_of(tensor: Any) -> NDArray[Any]:
     if tensor.device.type != "cpu":
         raise UnsupportedError(
             f"the tensor is on {tensor.device}; this version handles CPU tensors: call .cpu()"
+        )
+    if in_place and (tensor.is_conj() or tensor.is_neg()):
+        raise UnsupportedError(
+            "the tensor is a lazy conjugate or negation, which cannot be changed in place: "
+            "call .resolve_conj().resolve_neg() first"
         )
     plain = tensor.detach().resolve_conj().resolve_neg()
     if plain.dtype == torch.bfloat16:

@@ -34,7 +34,7 @@ def share_memory(local: Transport, nbytes: int, directory: Path) -> mmap.mmap | 
             handle = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
             os.posix_fallocate(handle, 0, nbytes)
         except OSError as exc:
-            trouble = f"{directory} has no room for {nbytes / 2**20:.1f} MiB ({exc.strerror})"
+            trouble = f"{nbytes / 2**20:.1f} MiB cannot be had in {directory} ({exc.strerror})"
         except AttributeError:
             trouble = "this system has no O_TMPFILE"
     pid, number, trouble = local.broadcast_object((os.getpid(), handle, trouble), 0)

@@ -70,6 +70,15 @@ def test_what_is_not_a_dense_cpu_tensor():
         hvd.allreduce(torch.zeros(3, device="meta"))
 
 
+def test_a_conjugate_that_torch_has_put_off():
+    x = torch.tensor([1 + 2j, 3 - 1j])
+    assert torch.equal(hvd.allreduce(x.conj(), op=hvd.Sum), torch.conj_physical(x) * SIZE)
+    with pytest.raises(hvd.UnsupportedError, match="resolve_conj"):
+        hvd.allreduce_(x.conj())
+    with pytest.raises(hvd.UnsupportedError, match="resolve_conj"):
+        hvd.broadcast_(x.conj())
+
+
 def build(seed=0, dtype=torch.float32):
     torch.manual_seed(seed)
     layers = [torch.nn.Linear(9, 33), torch.nn.Tanh(), torch.nn.Linear(33, 17), torch.nn.Tanh()]
