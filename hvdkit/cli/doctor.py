@@ -15,7 +15,7 @@ from typing import Any
 from hvdkit import __version__, native
 from hvdkit.config import Config
 from hvdkit.context import load_mpi
-from hvdkit.errors import HvdkitError
+from hvdkit.errors import ConfigError, HvdkitError
 from hvdkit.transport.cores import cpu_quota
 
 #: One finding: whether all is well, what was looked at, what was found.
@@ -72,7 +72,25 @@ def _launcher() -> Iterator[Finding]:
     yield True, "mpirun", found + hint
 
 
+def _environment() -> Iterator[Finding]:
+    try:
+        Config.from_environment(os.environ)
+    except ConfigError as exc:
+        yield False, "environment", f"init() will refuse it: {exc}"
+
+
+def _config() -> Config:
+    """Return the configuration, or the defaults where it does not parse."""
+    try:
+        return Config.from_environment(os.environ)
+    except ConfigError:
+        return Config()
+
+
 def _native_module() -> Iterator[Finding]:
+    if not _config().native:
+        yield False, "native module", "switched off by HVDKIT_NATIVE=0: numpy does the work"
+        return
     reason = native.why_unavailable()
     if reason is not None:
         yield (
@@ -86,7 +104,10 @@ def _native_module() -> Iterator[Finding]:
 
 
 def _shared_memory() -> Iterator[Finding]:
-    directory = Config.from_environment(os.environ).shm_dir
+    if not _config().shm:
+        yield False, "shared memory", "switched off by HVDKIT_SHM=0: ranks exchange over MPI"
+        return
+    directory = _config().shm_dir
     try:
         free = shutil.disk_usage(directory).free
         handle = os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o600)
@@ -127,6 +148,7 @@ _LOOKS: tuple[tuple[Callable[[], Iterator[Finding]], bool], ...] = (
     (_mpi, True),
     (_threads, False),
     (_launcher, False),
+    (_environment, True),
     (_native_module, False),
     (_shared_memory, False),
     (_cores, False),

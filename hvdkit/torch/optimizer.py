@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
 
     Returns:
         `optimizer` itself, its class now a subclass of its own (learning-rate schedulers and
-        ``isinstance`` go on as before), which adds ``synchronize()``.
+        ``isinstance`` go on as before), which adds ``synchronize()``.  To clip gradients,
+        call that first.
 
     Raises:
         MismatchError: on every rank, if the ranks' parameters differ.
@@ -76,6 +78,7 @@ class _Distributed(torch.optim.Optimizer):
             bucket_bytes=bucket_bytes,
         )
         self._views = [tensor_of(view) for view in self._reducer.views]
+        self._versions = [view._version for view in self._views]
         for index, parameter in enumerate(parameters):
             hook = _hook(weakref.ref(self), index)
             parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
@@ -95,6 +98,7 @@ class _Distributed(torch.optim.Optimizer):
             view.copy_(gradient)
             parameter.grad = view
         self._averaged = False
+        self._versions[index] = view._version
         self._reducer.ready(index)
 
     def synchronize(self) -> None:
@@ -102,13 +106,28 @@ class _Distributed(torch.optim.Optimizer):
 
         Call it before ``step()`` to work on averaged gradients, as to clip them; ``step()`` then
         does not average again.
+
+        Raises:
+            HvdkitError: a gradient was changed after backward, when it was on its way already.
         """
         if self._reducer is None:
             return
+        missing = set(self._reducer.missing())
+        changed = [
+            gradient.name
+            for index, gradient in enumerate(self._reducer.gradients)
+            if index not in missing and self._views[index]._version != self._versions[index]
+        ]
         for index in self._reducer.missing():  # set by hand, or left from an earlier step
             if self._reduced[index].grad is not None:
                 self._ready(index)
         self._reducer.finish()
+        if changed:
+            raise HvdkitError(
+                f"the gradient of {changed[0]!r} was changed between backward() and step(), when "
+                "it was on its way to the other ranks: call optimizer.synchronize() first, then "
+                "clip, unscale or otherwise change gradients; step() does not average again"
+            )
         for parameter, view in zip(self._reduced, self._views, strict=True):
             if parameter.requires_grad:
                 parameter.grad = view
@@ -128,6 +147,15 @@ class _Distributed(torch.optim.Optimizer):
             return loss
 
         return super().step(averaged)
+
+    @contextmanager
+    def skip_synchronize(self) -> Iterator[None]:
+        """Step without averaging: for after ``synchronize()``, as Horovod's scripts have it."""
+        self._averaged = True
+        try:
+            yield
+        finally:
+            self._averaged = False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients.

@@ -120,7 +120,19 @@ def test_frameworks_that_are_not_installed(report, monkeypatch):
     assert report()[1]["torch"] == ("ok", "not installed (optional)")
 
 
-def test_a_bad_environment_variable_is_one_line_and_status_2(capsys, monkeypatch):
+def test_a_bad_environment_variable_is_one_line_among_the_others(capsys, monkeypatch):
     monkeypatch.setenv("HVDKIT_SPIN", "many")
-    assert main(["doctor"]) == 2
-    assert "hvdkit: HVDKIT_SPIN='many'" in capsys.readouterr().err
+    assert main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert "--  environment    init() will refuse it: HVDKIT_SPIN='many'" in shown
+    assert "cores" in shown
+    assert "hvdkit cannot run here" in shown
+
+
+def test_what_the_environment_switches_off(capsys, monkeypatch):
+    monkeypatch.setenv("HVDKIT_NATIVE", "0")
+    monkeypatch.setenv("HVDKIT_SHM", "0")
+    main(["doctor"])
+    shown = capsys.readouterr().out
+    assert "--  native module  switched off by HVDKIT_NATIVE=0" in shown
+    assert "--  shared memory  switched off by HVDKIT_SHM=0" in shown

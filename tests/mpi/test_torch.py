@@ -170,6 +170,27 @@ def test_clipping_between_synchronize_and_step():
     assert_weights_close(model, reference)
 
 
+@several
+def test_clipping_while_gradients_are_on_their_way():
+    """Found by a user: it gave every rank other weights, in silence."""
+    model = build()
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1.0), named_parameters=model.named_parameters()
+    )
+    x, y = batch_of(RANK)
+    loss_of(model, x, y).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    with pytest.raises(hvd.HvdkitError, match=r"'0.weight' was changed between backward\(\) and"):
+        optimizer.step()
+    optimizer.zero_grad()
+    loss_of(model, x, y).backward()
+    optimizer.synchronize()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    with optimizer.skip_synchronize():
+        optimizer.step()
+    assert_weights_identical(model)
+
+
 def test_a_closure():
     model, reference = build(dtype=torch.float64), build(dtype=torch.float64)
     x, y = batch_of(1, torch.float64)
