@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 from hvdkit.config import Config
 from hvdkit.context import Context
 from hvdkit.dtypes import Average
-from hvdkit.errors import ArgumentError, NotInitializedError
+from hvdkit.errors import ArgumentError, NotInitializedError, PeerError
 
 _context: Context | None = None
 _python_excepthook = sys.excepthook
@@ -277,14 +277,21 @@ def empty(shape: Sequence[int] | int, dtype: DTypeLike = np.float32) -> NDArray[
 def _end_job(
     kind: type[BaseException], error: BaseException, traceback: TracebackType | None
 ) -> None:
-    """Print an uncaught exception, then end every rank: the others would wait for this one."""
-    _python_excepthook(kind, error, traceback)
-    if _context is not None:
-        here = _context.topology
-        sys.stdout.flush()
-        sys.stderr.write(
-            f"hvdkit: rank {here.rank} of {here.size} raised {kind.__name__}; ending the job\n"
-        )
-        sys.stderr.flush()
-        time.sleep(_SECONDS_TO_FORWARD)
-        _context.abort(1)
+    """Print an uncaught exception, then end every rank: the others would wait for this one.
+
+    Of a rank that only suffers from another's end, one line will do: its traceback would stand
+    where one looks for the cause.
+    """
+    here = None if _context is None else _context.topology
+    if here is None or not issubclass(kind, PeerError):
+        _python_excepthook(kind, error, traceback)
+    if _context is None or here is None:
+        return
+    what = f"raised {kind.__name__}"
+    if issubclass(kind, PeerError):
+        what = f"cannot go on: {str(error).splitlines()[0]}"
+    sys.stdout.flush()
+    sys.stderr.write(f"hvdkit: rank {here.rank} of {here.size} {what}; ending the job\n")
+    sys.stderr.flush()
+    time.sleep(_SECONDS_TO_FORWARD)
+    _context.abort(1)
