@@ -16,6 +16,7 @@ from hvdkit.schedules.verify import trace
 
 #: Beyond this many ranks nobody can read the picture, nor is the proof instantaneous.
 MAX_RANKS = 64
+MAX_SEGMENTS = 1000
 
 #: Segments of a pipelined algorithm where the caller names none: enough to see the pipeline.
 DEFAULT_SEGMENTS = 4
@@ -59,8 +60,8 @@ def plan(algorithm: Algorithm, size: int, segments: int | None = None) -> Drawin
     if segments is not None and not algorithm.pipelined:
         raise ArgumentError(f"{algorithm.name} is not pipelined: leave the segments out")
     segments = DEFAULT_SEGMENTS if segments is None else segments
-    if segments < 1:
-        raise ArgumentError(f"cannot draw {segments} segments; choose at least 1")
+    if not 1 <= segments <= MAX_SEGMENTS:
+        raise ArgumentError(f"cannot draw {segments} segments; choose 1 to {MAX_SEGMENTS}")
     chunks = algorithm.chunks(size, segments)
     report, messages = trace(algorithm.steps, size, chunks, algorithm.collective)
     rounds: list[list[Message]] = [[] for _ in range(report.rounds)]

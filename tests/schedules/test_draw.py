@@ -119,6 +119,8 @@ def test_segments_out_of_place_and_out_of_range() -> None:
         draw_text(get("allreduce", "ring"), 4, segments=2)
     with pytest.raises(ArgumentError, match="cannot draw 0 segments"):
         draw_svg(get("broadcast", "chain"), 4, segments=0)
+    with pytest.raises(ArgumentError, match="cannot draw 1001 segments; choose 1 to 1000"):
+        draw_text(get("broadcast", "chain"), 4, segments=1001)
 
 
 def test_command_prints_the_diagram(capsys: pytest.CaptureFixture[str]) -> None:
