@@ -66,7 +66,8 @@ class Result:
     def busbw(self) -> float:
         """algbw x 2(p-1)/p for an all-reduce, x (p-1)/p for the others, x 1 for a broadcast."""
         share = (self.ranks - 1) / self.ranks
-        return self.algbw * {"allreduce": 2 * share, "broadcast": 1.0}.get(self.what, share)
+        by_collective = {"allgather": share, "reducescatter": share, "alltoall": share}
+        return self.algbw * (by_collective | {"broadcast": 1.0}).get(self.what, 2 * share)
 
 
 def measure(

@@ -12,7 +12,6 @@ __all__ = [
     "Group",
     "allgather",
     "allreduce",
-    "allreduce_direct",
     "alltoall",
     "barrier",
     "broadcast",
