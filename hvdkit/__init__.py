@@ -40,6 +40,8 @@ from hvdkit.errors import (
     ScheduleError,
     UnsupportedError,
 )
+from hvdkit.launch.job import JobError
+from hvdkit.launch.run import run
 
 __version__ = "0.1.0"
 
@@ -48,6 +50,7 @@ __all__ = [
     "Average",
     "ConfigError",
     "HvdkitError",
+    "JobError",
     "LauncherError",
     "Max",
     "Min",
@@ -76,6 +79,7 @@ __all__ = [
     "local_size",
     "rank",
     "reducescatter",
+    "run",
     "shutdown",
     "size",
 ]

