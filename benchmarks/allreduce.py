@@ -10,8 +10,6 @@ speed whatever p is.
 from __future__ import annotations
 
 import argparse
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import measuring
 import numpy as np
 from measuring import Candidate, Prepared
 from mpi4py import MPI
+from peers import start_gloo
 
 import hvdkit as hvd
 from hvdkit.api import context
@@ -71,19 +70,7 @@ def gloo() -> Candidate:
     import torch
     import torch.distributed as dist
 
-    here = hvd.local_size() == hvd.size()
-    if here:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    host, port = "", 0
-    if hvd.rank() == 0:
-        host = "127.0.0.1" if here else socket.gethostname()
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
-    host, port = hvd.broadcast_object((host, port))
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://{host}:{port}", rank=hvd.rank(), world_size=hvd.size()
-    )
+    start_gloo()
 
     def prepare(nbytes: int) -> Prepared:
         x = np.empty(max(1, nbytes // 4), np.float32)

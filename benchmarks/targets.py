@@ -33,6 +33,14 @@ SIXTEEN_BIT, OTHER_DTYPES = 1.0, 0.9
 #: A training step's communication takes at most so many times what the memory could do.
 STEP_OVER_ROOF = 1.3
 
+#: Times as fast as gloo.
+TORCH_OVER_GLOO = {
+    "named allreduce": 10.0,
+    "60 asynchronous allreduces": 15.0,
+    "step of a CNN": 1.0,
+    "step of a GPT": 1.0,
+}
+
 
 def latest(results: list[Result], ranks: int) -> dict[tuple[str, str, str, int], Result]:
     """Return the last figure of each (MPI, collective, name, bytes) on `ranks` ranks."""
@@ -115,11 +123,22 @@ def show_step(results: list[Result]) -> None:
                 print(f"| {title} | {STEP_OVER_ROOF:g} | {measured} | {verdict} |")
 
 
+def show_torch(results: list[Result]) -> None:
+    figures = latest(results, 2)
+    heading("PyTorch, 2 ranks, times as fast as gloo")
+    for what, target in TORCH_OVER_GLOO.items():
+        peer = "DDP over gloo" if what.startswith("step") else "gloo"
+        for nbytes in sorted({key[3] for key in figures if key[1] == what}):
+            found = ratios(figures, what, "hvdkit", peer, nbytes)
+            show([line(f"{what}, {human_size(nbytes)}", found, target)])
+
+
 PARTS = {
     "allreduce": show_allreduce,
     "collectives": show_collectives,
     "dtypes": show_dtypes,
     "step": show_step,
+    "torch": show_torch,
 }
 
 

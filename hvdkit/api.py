@@ -6,7 +6,7 @@ import atexit
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +16,9 @@ from numpy.typing import DTypeLike, NDArray
 from hvdkit.config import Config
 from hvdkit.context import Context
 from hvdkit.dtypes import Average
+from hvdkit.engine.communicator import Communicator
 from hvdkit.errors import ArgumentError, NotInitializedError, PeerError
+from hvdkit.process_sets import ProcessSet
 
 _context: Context | None = None
 _python_excepthook = sys.excepthook
@@ -25,26 +27,30 @@ _python_excepthook = sys.excepthook
 _SECONDS_TO_FORWARD = 0.5
 
 
-def init(comm: Any = None) -> None:
+def init(comm: Any = None, process_sets: Sequence[ProcessSet] | str | None = None) -> None:
     """Join the job.  Collective, blocking; starts MPI if nobody has.  Again: does nothing.
 
     From here on an uncaught exception on one rank ends the whole job, after its traceback.
 
     Args:
-        comm: an mpi4py intracommunicator, which is duplicated; None: all processes.
+        comm: an mpi4py intracommunicator, which is duplicated, or a list of ranks; None: all.
+        process_sets: to be known from the start, as if added in this order; None: none.
+            Horovod's ``"dynamic"``, that sets may be added later, is always so.
 
     Raises:
-        LauncherError: MPI is missing, or sees one process where the launcher started more.
+        LauncherError: MPI is missing, or sees one process where the launcher started more; or this
+            is a worker process of a rank.
         ConfigError: an environment variable does not parse.
         MismatchError: the ranks' environments differ.
         ArgumentError: already initialised, and `comm` given.
     """
     global _context  # noqa: PLW0603  (the one place that holds the state)
     if _context is not None:
-        if comm is not None:
-            raise ArgumentError("hvdkit is initialised already; call shutdown() before init(comm)")
+        if comm is not None or process_sets:
+            raise ArgumentError("hvdkit is initialised already; call shutdown() before init(...)")
         return
-    _context = Context(comm, Config.from_environment(os.environ))
+    known = () if process_sets is None or isinstance(process_sets, str) else process_sets
+    _context = Context(comm, Config.from_environment(os.environ), known)
     if _context.group.size > 1:
         sys.excepthook = _end_job
     atexit.register(shutdown)
@@ -76,6 +82,17 @@ def context() -> Context:
     if _context is None:
         raise NotInitializedError("hvdkit is not initialised: call hvd.init() first")
     return _context
+
+
+def communicator(process_set: ProcessSet | None = None) -> Communicator:
+    """Return what does the collectives of `process_set`; None: of all ranks.  Local.
+
+    Raises:
+        NotInitializedError: ``init()`` was not called.
+        ArgumentError: the set is not known, or this rank is not in it.
+    """
+    here = context()
+    return here.world if process_set is None else process_set.communicator()
 
 
 def rank() -> int:
@@ -115,6 +132,7 @@ def allreduce(
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
     algorithm: str = "auto",
+    process_set: ProcessSet | None = None,
 ) -> NDArray[Any]:
     """Return the combination of all ranks' `x`, bitwise the same on all.  Collective, blocking.
 
@@ -127,6 +145,7 @@ def allreduce(
         algorithm: ``"auto"``, ``"shm"`` (the node's shared memory), ``"mpi"`` (the MPI library's
             own) or a schedule: ``"ring"``, ``"tree"``, ``"double_tree"``,
             ``"recursive_doubling"``, ``"halving_doubling"``.
+        process_set: whose ranks take part; None: all ranks.
 
     Returns:
         New array of `x`'s shape and dtype.  float16 and bfloat16 add in float32.
@@ -138,8 +157,8 @@ def allreduce(
         PeerError: another rank died.
         NotInitializedError: ``init()`` was not called.
     """
-    here = _context or context()
-    return here.allreduce(x, op, name, prescale_factor, postscale_factor, algorithm)
+    among = (_context or context()).world if process_set is None else communicator(process_set)
+    return among.allreduce(x, op, name, prescale_factor, postscale_factor, algorithm)
 
 
 def allreduce_(
@@ -149,24 +168,31 @@ def allreduce_(
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
     algorithm: str = "auto",
+    process_set: ProcessSet | None = None,
 ) -> NDArray[Any]:
     """Replace `x` by the combination of all ranks' `x`, and return it; else as `allreduce`."""
-    here = _context or context()
-    return here.allreduce(x, op, name, prescale_factor, postscale_factor, algorithm, True)
+    among = (_context or context()).world if process_set is None else communicator(process_set)
+    return among.allreduce(x, op, name, prescale_factor, postscale_factor, algorithm, True)
 
 
-def allgather(x: Any, name: str | None = None, algorithm: str = "auto") -> NDArray[Any]:
+def allgather(
+    x: Any,
+    name: str | None = None,
+    algorithm: str = "auto",
+    process_set: ProcessSet | None = None,
+) -> NDArray[Any]:
     """Return all ranks' `x` joined along the first dimension, in rank order.  Collective, blocking.
 
     Args:
         x: an array; its first dimension may differ between ranks.  A scalar counts as one row.
         name: named in errors.
         algorithm: ``"auto"``, ``"shm"``, ``"mpi"``, ``"ring"`` or ``"bruck"``.
+        process_set: whose ranks take part; None: all ranks.
 
     Raises:
         MismatchError, ArgumentError, UnsupportedError, PeerError: as `allreduce`.
     """
-    return context().allgather(x, name=name, algorithm=algorithm)
+    return communicator(process_set).allgather(x, name=name, algorithm=algorithm)
 
 
 def reducescatter(
@@ -176,6 +202,7 @@ def reducescatter(
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
     algorithm: str = "auto",
+    process_set: ProcessSet | None = None,
 ) -> NDArray[Any]:
     """Return this rank's rows of the combination of all ranks' `x`.  Collective, blocking.
 
@@ -184,11 +211,12 @@ def reducescatter(
             shared out in order; the first ranks get one more where they do not divide.
         op, name, prescale_factor, postscale_factor: as `allreduce`.
         algorithm: ``"auto"``, ``"shm"``, ``"mpi"``, ``"ring"`` or ``"recursive_halving"``.
+        process_set: whose ranks take part; None: all ranks.
 
     Raises:
         MismatchError, ArgumentError, UnsupportedError, PeerError: as `allreduce`.
     """
-    return context().reducescatter(
+    return communicator(process_set).reducescatter(
         x,
         op=op,
         name=name,
@@ -199,27 +227,37 @@ def reducescatter(
 
 
 def broadcast(
-    x: Any, root_rank: int = 0, name: str | None = None, algorithm: str = "auto"
+    x: Any,
+    root_rank: int = 0,
+    name: str | None = None,
+    algorithm: str = "auto",
+    process_set: ProcessSet | None = None,
 ) -> NDArray[Any]:
     """Return the root's `x` on every rank, as a new array.  Collective, blocking.
 
     Args:
         x: an array; equal shape and dtype on all ranks.
-        root_rank: the rank whose `x` it is.
+        root_rank: the rank whose `x` it is, counted among all ranks.
         name: named in errors.
         algorithm: ``"auto"``, ``"shm"``, ``"mpi"``, ``"binomial"`` or ``"chain"``.
+        process_set: whose ranks take part; None: all ranks.
 
     Raises:
         MismatchError, ArgumentError, UnsupportedError, PeerError: as `allreduce`.
     """
-    return context().broadcast(x, root_rank, name=name, algorithm=algorithm)
+    return communicator(process_set).broadcast(x, root_rank, name=name, algorithm=algorithm)
 
 
 def broadcast_(
-    x: NDArray[Any], root_rank: int = 0, name: str | None = None, algorithm: str = "auto"
+    x: NDArray[Any],
+    root_rank: int = 0,
+    name: str | None = None,
+    algorithm: str = "auto",
+    process_set: ProcessSet | None = None,
 ) -> NDArray[Any]:
     """Replace `x` by the root's, and return it; else as `broadcast`."""
-    return context().broadcast(x, root_rank, name=name, algorithm=algorithm, in_place=True)
+    among = communicator(process_set)
+    return among.broadcast(x, root_rank, name=name, algorithm=algorithm, in_place=True)
 
 
 def alltoall(
@@ -227,6 +265,7 @@ def alltoall(
     splits: Sequence[int] | None = None,
     name: str | None = None,
     algorithm: str = "auto",
+    process_set: ProcessSet | None = None,
 ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[np.int64]]:
     """Send rows of `x` to every rank, and return the rows received.  Collective, blocking.
 
@@ -235,6 +274,7 @@ def alltoall(
         splits: how many rows go to each rank; None: equally many.
         name: named in errors.
         algorithm: ``"auto"``, ``"shm"``, ``"mpi"`` or ``"pairwise"``.
+        process_set: whose ranks take part; None: all ranks.
 
     Returns:
         The rows received, in rank order; with `splits` also how many came from each rank.
@@ -243,26 +283,110 @@ def alltoall(
         ArgumentError: `splits` do not fit `x`; the other ranks get a MismatchError that says so.
         MismatchError, UnsupportedError, PeerError: as `allreduce`.
     """
-    received, counts = context().alltoall(x, splits, name=name, algorithm=algorithm)
+    among = communicator(process_set)
+    received, counts = among.alltoall(x, splits, name=name, algorithm=algorithm)
     return received if splits is None else (received, counts)
 
 
-def barrier(name: str | None = None, algorithm: str = "auto") -> None:
+def barrier(
+    name: str | None = None, algorithm: str = "auto", process_set: ProcessSet | None = None
+) -> None:
     """Return when every rank has called.  Collective, blocking.
 
     Args:
         name: named in errors.
         algorithm: ``"auto"``, ``"shm"``, ``"mpi"`` or ``"dissemination"``.
+        process_set: whose ranks take part; None: all ranks.
 
     Raises:
         MismatchError, ArgumentError, PeerError: as `allreduce`.
     """
-    context().barrier(name=name, algorithm=algorithm)
+    communicator(process_set).barrier(name=name, algorithm=algorithm)
 
 
-def broadcast_object(value: Any, root_rank: int = 0, name: str | None = None) -> Any:
-    """Return the root's picklable `value` on every rank.  Collective, blocking."""
-    return context().broadcast_object(value, root_rank, name=name)
+def broadcast_object(
+    obj: Any,
+    root_rank: int = 0,
+    name: str | None = None,
+    process_set: ProcessSet | None = None,
+) -> Any:
+    """Return the root's picklable `obj` on every rank.  Collective, blocking."""
+    return communicator(process_set).broadcast_object(obj, root_rank, name=name)
+
+
+def allgather_object(
+    obj: Any, name: str | None = None, process_set: ProcessSet | None = None
+) -> list[Any]:
+    """Return every rank's picklable `obj`, in rank order.  Collective, blocking."""
+    return communicator(process_set).allgather_object(obj, name=name)
+
+
+def join() -> int:
+    """Take part in the others' calls, having no more data, until every rank joins.  Collective.
+
+    Until then the others can all-reduce, to which this rank adds nothing (averages are still over
+    all ranks), and wait at barriers; for other collectives they get an error.
+
+    Returns:
+        The rank that joined last.
+    """
+    return context().join()
+
+
+def add_process_set(process_set: ProcessSet | Iterable[int]) -> ProcessSet:
+    """Make a process set of use, and return it.  Collective among all ranks, blocking.
+
+    Args:
+        process_set: a `ProcessSet`, or a list of ranks.
+
+    Raises:
+        ArgumentError: ranks that there are not, or the set is there already; the other ranks get
+            a MismatchError that says so.
+        MismatchError: ranks gave different sets.
+    """
+    return context().add_process_set(process_set)
+
+
+def remove_process_set(process_set: ProcessSet) -> bool:
+    """Let go of a process set; return whether it was one.  Collective among all ranks, blocking.
+
+    The set of all ranks stays.
+    """
+    return context().remove_process_set(process_set)
+
+
+def start_timeline(file_path: str | os.PathLike[str], mark_cycles: bool = False) -> None:
+    """Begin to record what every rank does, until `stop_timeline`.  Collective, blocking.
+
+    Args:
+        file_path: of the one file that rank 0 writes in the end: Chrome trace events, which
+            https://ui.perfetto.dev opens.  Until then each rank has a part beside it.
+        mark_cycles: without effect, for there are no cycles; Horovod's scripts pass it.
+
+    Raises:
+        ArgumentError: a timeline is being written already, or a file cannot be.
+    """
+    del mark_cycles
+    context().start_timeline(os.fspath(file_path))
+
+
+def stop_timeline() -> None:
+    """End the recording, and write the file.  Collective, blocking.
+
+    Raises:
+        ArgumentError: none is being written.
+    """
+    context().stop_timeline()
+
+
+def stats() -> dict[str, dict[str, Any]]:
+    """Return what this rank has done: operations, bytes and seconds.  Local.
+
+    Returns:
+        ``{"allreduce": {"total": {...}, "float32": {"shm": {"operations": 3, "bytes": 12,
+        "seconds": 0.1}}}, ...}``: by kind, dtype and algorithm.  Seconds include the waiting.
+    """
+    return context().recording.stats.snapshot()
 
 
 def empty(shape: Sequence[int] | int, dtype: DTypeLike = np.float32) -> NDArray[Any]:
@@ -271,7 +395,7 @@ def empty(shape: Sequence[int] | int, dtype: DTypeLike = np.float32) -> NDArray[
     Such an array is all-reduced in place without staging, which is the fastest way there is.
     Where ranks share no memory it is an ordinary array.
     """
-    return context().empty(shape, dtype)
+    return context().world.empty(shape, dtype)
 
 
 def _end_job(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -42,6 +43,28 @@ def _positive_bytes(text: str) -> int:
     return parse_bytes(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise ValueError("expected a number of seconds, 0 or more")
+    return seconds
+
+
+def _log_level(text: str) -> int:
+    levels = {"trace": 5, "debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
+    levels |= {"error": logging.ERROR, "fatal": logging.CRITICAL}
+    if text.strip().lower() not in levels:
+        raise ValueError(f"expected one of {', '.join(levels)}")
+    return levels[text.strip().lower()]
+
+
+def _path_or_none(text: str) -> Path | None:
+    return None if text.upper() == "DYNAMIC" else Path(text)
+
+
 def _count(text: str) -> int:
     if not text.strip().isdigit():
         raise ValueError("expected a whole number, 0 or more")
@@ -79,6 +102,33 @@ class Config:
         25 * MIB, parse_bytes, "HVDKIT_FUSION_THRESHOLD", "HOROVOD_FUSION_THRESHOLD"
     )
     """Bytes of gradients that are reduced together; 0: each by itself."""
+
+    stall_check: float = _knob(
+        60.0, _seconds, "HVDKIT_STALL_CHECK_TIME_SECONDS", "HOROVOD_STALL_CHECK_TIME_SECONDS"
+    )
+    """Seconds after which ranks that wait for others are a warning; 0: never."""
+
+    stall_check_disable: bool = _knob(
+        False, _flag, "HVDKIT_STALL_CHECK_DISABLE", "HOROVOD_STALL_CHECK_DISABLE"
+    )
+    """Neither warn of ranks that wait, nor end them."""
+
+    stall_shutdown: float = _knob(
+        0.0, _seconds, "HVDKIT_STALL_SHUTDOWN_TIME_SECONDS", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"
+    )
+    """Seconds after which it is an error; 0: never."""
+
+    deadlock_check: float = _knob(5.0, _seconds, "HVDKIT_DEADLOCK_CHECK_TIME_SECONDS")
+    """Seconds for which ranks that wait for each other may do so; 0: for ever."""
+
+    cuda_aware: bool | None = _knob(None, _flag, "HVDKIT_CUDA_AWARE")
+    """Hand the memory of GPUs to the MPI library where it is asked for; None: if it says it can."""
+
+    log_level: int = _knob(logging.WARNING, _log_level, "HVDKIT_LOG_LEVEL", "HOROVOD_LOG_LEVEL")
+    """From which severity on the logger ``"hvdkit"`` speaks; stalls are warnings."""
+
+    timeline: Path | None = _knob(None, _path_or_none, "HVDKIT_TIMELINE", "HOROVOD_TIMELINE")
+    """Where `init` starts to write a timeline; None: nowhere.  Horovod's ``DYNAMIC`` is nowhere."""
 
     allow_singleton: bool = _knob(False, _flag, "HVDKIT_ALLOW_SINGLETON")
     """Start alone even where the launcher's environment says that there are more processes."""

@@ -32,6 +32,9 @@ DTYPES: tuple[np.dtype[Any], ...] = (
     np.dtype(np.complex128),
 )
 
+#: The floating-point ones.
+FLOATS = (np.dtype(np.float16), bfloat16, np.dtype(np.float32), np.dtype(np.float64))
+
 DTYPE_CODES: dict[np.dtype[Any], int] = {dtype: code for code, dtype in enumerate(DTYPES)}
 
 
@@ -40,6 +43,7 @@ class ReduceOp(enum.IntEnum):
 
     AVERAGE = 0
     SUM = 1
+    ADASUM = 2
     MIN = 3
     MAX = 4
     PRODUCT = 5
@@ -50,6 +54,7 @@ class ReduceOp(enum.IntEnum):
 
 Average = ReduceOp.AVERAGE
 Sum = ReduceOp.SUM
+Adasum = ReduceOp.ADASUM
 Min = ReduceOp.MIN
 Max = ReduceOp.MAX
 Product = ReduceOp.PRODUCT
@@ -82,6 +87,8 @@ def check_supported(dtype: np.dtype[Any], op: ReduceOp | None = None) -> None:
     if dtype not in DTYPE_CODES:
         known = ", ".join(known_dtype.name for known_dtype in DTYPES)
         raise UnsupportedError(f"dtype {dtype} is not supported; supported are {known}")
+    if op is ReduceOp.ADASUM and dtype not in FLOATS:
+        raise UnsupportedError(f"Adasum is defined for floating-point numbers, not for {dtype}")
     if op is ReduceOp.AVERAGE and dtype.kind == "b":
         raise UnsupportedError("Average is not defined for bool; use Min, Max, Sum or Product")
     if op in (ReduceOp.MIN, ReduceOp.MAX) and dtype.kind == "c":

@@ -9,7 +9,11 @@ class HvdkitError(Exception):
     """Base of every error that hvdkit raises on purpose."""
 
 
-class NotInitializedError(HvdkitError, RuntimeError):
+class HorovodInternalError(HvdkitError, RuntimeError):
+    """A collective that had begun cannot end; scripts for Horovod catch it by this name."""
+
+
+class NotInitializedError(HvdkitError, RuntimeError, ValueError):
     """A function was called before ``hvd.init()`` or after ``hvd.shutdown()``."""
 
 
@@ -25,7 +29,7 @@ class ArgumentError(HvdkitError, ValueError):
     """An argument is out of range or unknown; seen on this rank alone, before anything was sent."""
 
 
-class UnsupportedError(HvdkitError, TypeError):
+class UnsupportedError(HvdkitError, TypeError, ValueError):
     """The dtype, operation or kind of array is not one that hvdkit handles."""
 
 
@@ -33,8 +37,16 @@ class MismatchError(HvdkitError, ValueError):
     """Ranks asked for different things in the same collective call; raised on every rank."""
 
 
-class PeerError(HvdkitError, RuntimeError):
+class InFlightError(HvdkitError, AssertionError):
+    """Gradients were touched while they were on their way to the other ranks."""
+
+
+class PeerError(HorovodInternalError):
     """Another rank died or gave up in the middle of a collective."""
+
+
+class StallError(HorovodInternalError):
+    """Ranks wait for one that does not come: longer than allowed, or for each other for ever."""
 
 
 class ScheduleError(HvdkitError, ValueError):

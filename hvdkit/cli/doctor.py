@@ -21,6 +21,9 @@ from hvdkit.transport.cores import cpu_quota
 #: One finding: whether all is well, what was looked at, what was found.
 Finding = tuple[bool, str, str]
 
+#: Where NVIDIA's driver lists the GPUs.
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+
 
 def add_parser(commands: Any) -> None:
     """Add ``doctor`` to the commands."""
@@ -127,6 +130,41 @@ def _cores() -> Iterator[Finding]:
     yield True, "cores", f"{bound} of {os.cpu_count()} may be used{limit}"
 
 
+def _gpus() -> Iterator[Finding]:
+    models = [_model(folder) for folder in sorted(NVIDIA_GPUS.glob("*"))]
+    if not models:
+        tool = shutil.which("nvidia-smi")
+        found = "none found (optional)"
+        yield tool is None, "GPUs", f"{tool} is there, but no driver" if tool else found
+        return
+    version = _version("torch") or ""
+    if version.endswith("+cpu"):
+        hint = f"which torch {version} cannot use: install one with CUDA"
+        yield False, "GPUs", f"{', '.join(models)}, {hint}"
+    else:
+        yield True, "GPUs", f"{', '.join(models)}: CUDA tensors are staged through pinned memory"
+    try:
+        says = load_mpi().cuda_aware()
+    except HvdkitError:
+        return
+    told = _config().cuda_aware
+    by_whom = "the library says" if told is None else f"HVDKIT_CUDA_AWARE={int(told)} says"
+    if says if told is None else told:
+        yield True, "CUDA-aware MPI", f"yes, {by_whom}: algorithm='mpi' takes CUDA tensors directly"
+    else:
+        yield True, "CUDA-aware MPI", f"no, {by_whom}: algorithm='mpi' is staged as the others are"
+
+
+def _model(folder: Path) -> str:
+    """Return a GPU's model, as its driver tells."""
+    try:
+        lines = (folder / "information").read_text().splitlines()
+    except OSError:
+        lines = []
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return fields.get("Model", folder.name).strip()
+
+
 def _frameworks() -> Iterator[Finding]:
     for package, adapter in (("torch", "hvdkit.torch"), ("tensorflow", None), ("horovod", None)):
         version = _version(package)
@@ -152,5 +190,6 @@ _LOOKS: tuple[tuple[Callable[[], Iterator[Finding]], bool], ...] = (
     (_native_module, False),
     (_shared_memory, False),
     (_cores, False),
+    (_gpus, False),
     (_frameworks, False),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from hvdkit.collectives.learning import with_lengths
 from hvdkit.collectives.pick import pick
 from hvdkit.dtypes import check_supported, exported
 from hvdkit.errors import HvdkitError
+from hvdkit.transport.device import Memory
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,12 @@ class _Layout:
 
 
 def allgather(
-    group: Group, source: NDArray[Any], *, name: str | None, algorithm: str
+    group: Group,
+    source: Memory,
+    *,
+    name: str | None,
+    algorithm: str,
+    allocate: Callable[[tuple[int, ...], np.dtype[Any]], Any] = np.empty,
 ) -> NDArray[Any]:
     """Return all ranks' `source` concatenated along the first dimension, in rank order; blocking.
 
@@ -37,6 +44,7 @@ def allgather(
             dtype may not.  A scalar counts as one row.
         name: for messages and the check.
         algorithm: a schedule's name, ``"shm"``, ``"mpi"`` or ``"auto"``.
+        allocate: makes the result; for ``"mpi"`` it may be on a device, as `source` may.
 
     Raises:
         MismatchError: on every rank, if ranks disagree.
@@ -64,6 +72,8 @@ def allgather(
         )
         group.keep(key, call)
 
+    began = group.begin(call)
+
     def lay_out(lengths: NDArray[np.int64]) -> _Layout:
         rows = lengths[:, 0]
         width = math.prod(row) * source.itemsize
@@ -76,19 +86,24 @@ def allgather(
         )
 
     def transfer(layout: _Layout, signature: int) -> NDArray[Any] | None:
-        out = np.empty(layout.shape, source.dtype)
+        out: NDArray[Any] = allocate(layout.shape, source.dtype)
         counts = layout.counts
         if layout.algorithm == "shm":
-            assert group.arena is not None
+            assert group.arena is not None and isinstance(source, np.ndarray)
             arguments = (exported(source), exported(out), counts, signature)
-            return None if group.arena_call(group.arena.native.allgather, *arguments) else out
+            if group.arena_call(group.arena.native.allgather, *arguments):
+                return None
+            group.record(call, "shm", out.nbytes, began)
+            return out
         mine, everything = source.reshape(-1).view(np.uint8), out.reshape(-1).view(np.uint8)
         if layout.algorithm == "mpi":
             group.library(everything.nbytes).library_allgather(mine, everything, counts)
         else:
+            assert isinstance(mine, np.ndarray)
             start = sum(counts[: group.rank])
             everything[start : start + mine.size] = mine
             group.run_schedule("allgather", layout.algorithm, everything, counts=counts)
+        group.record(call, layout.algorithm, out.nbytes, began)
         return out
 
     in_arena = group.arena is not None and algorithm in ("auto", "shm")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hvdkit.collectives.adasum import adasum
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.reduction import Reduction, plan_reduction
-from hvdkit.dtypes import exported
+from hvdkit.dtypes import ReduceOp, exported
+from hvdkit.errors import ArgumentError
+from hvdkit.transport.device import DeviceArray
 
 
 def allreduce(
@@ -22,8 +26,10 @@ def allreduce(
     prescale: float,
     postscale: float,
     algorithm: str,
-) -> Reduction:
+) -> Reduction | None:
     """Reduce `source` of all ranks into `target` of all ranks; blocking.  Return the plan.
+
+    Adasum has a plan of another kind, and returns none.
 
     Args:
         group: the ranks.
@@ -40,6 +46,13 @@ def allreduce(
         ArgumentError, UnsupportedError: unknown or undefined op, dtype or algorithm.
         PeerError: another rank died.
     """
+    if op == ReduceOp.ADASUM or (isinstance(op, str) and op.upper() == ReduceOp.ADASUM.name):
+        if algorithm != "auto":
+            error = ArgumentError(f"Adasum has an algorithm of its own, not {algorithm!r}")
+            group.refuse("allreduce", name, error)
+        np.copyto(target, source)
+        adasum(group, [target], name=name, prescale=prescale, postscale=postscale)
+        return None
     plan = plan_reduction(
         group,
         "allreduce",
@@ -50,9 +63,11 @@ def allreduce(
         postscale=postscale,
         algorithm=algorithm,
     )
+    began = group.begin(plan.call)
     if plan.bound is not None:
-        if group.arena_call(plan.bound, exported(source), exported(target)):
-            group.raise_mismatch(plan.call)
+        while group.arena_call(plan.bound, exported(source), exported(target)):
+            group.settle(plan.call)
+        group.record(plan.call, plan.algorithm, source.nbytes, began, counted=True)
         return plan
     group.agree(plan.call)
     if target is not source:
@@ -64,4 +79,49 @@ def allreduce(
     else:
         group.run_schedule("allreduce", plan.algorithm, data, op=plan.op)
     plan.finish(group, data)
+    group.record(plan.call, plan.algorithm, source.nbytes, began)
+    return plan
+
+
+def allreduce_on_device(
+    group: Group,
+    like: DeviceArray,
+    prepare: Callable[[Reduction], DeviceArray],
+    *,
+    op: object,
+    name: str | None,
+    prescale: float,
+    postscale: float,
+    algorithm: str,
+) -> Reduction:
+    """Reduce what is in a device's memory, by the MPI library; blocking.  Return the plan.
+
+    What the plan has to be done with the elements, the caller does.
+
+    Args:
+        group: the ranks, some of which may call `allreduce` instead.
+        like: has the array's shape and dtype; equal on all ranks.
+        prepare: called when all ranks agree; returns what is reduced in place, scaled by
+            ``plan.prescale`` and, if a 16-bit float, as float32.
+        op: of those of `allreduce`, not Adasum.
+        name, prescale, postscale: as in `allreduce`.
+        algorithm: ``"mpi"``.
+
+    Raises:
+        MismatchError, ArgumentError, UnsupportedError: as `allreduce`.
+    """
+    plan = plan_reduction(
+        group,
+        "allreduce",
+        like,
+        op=op,
+        name=name,
+        prescale=prescale,
+        postscale=postscale,
+        algorithm=algorithm,
+    )
+    began = group.begin(plan.call)
+    group.agree(plan.call)
+    group.library().library_allreduce(prepare(plan).reshape(-1), plan.op)
+    group.record(plan.call, plan.algorithm, like.nbytes, began)
     return plan

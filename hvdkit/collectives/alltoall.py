@@ -82,6 +82,8 @@ def alltoall(
         )
         group.keep(key, call)
 
+    began = group.begin(call)
+
     def lay_out(matrix: NDArray[np.int64]) -> _Layout:
         width = math.prod(row) * source.itemsize
         rows = matrix[:, group.rank].copy()
@@ -102,9 +104,12 @@ def alltoall(
             assert group.arena is not None
             lengths = (layout.outgoing, layout.incoming, layout.largest_pair)
             arguments = (exported(source), exported(out), *lengths, signature)
-            refused = group.arena_call(group.arena.native.alltoall, *arguments)
-            return None if refused else (out, layout.rows.copy())
-        _exchange(group, source.reshape(-1).view(np.uint8), out.reshape(-1).view(np.uint8), layout)
+            if group.arena_call(group.arena.native.alltoall, *arguments):
+                return None
+        else:
+            sent, received = source.reshape(-1).view(np.uint8), out.reshape(-1).view(np.uint8)
+            _exchange(group, sent, received, layout)
+        group.record(call, layout.algorithm, source.nbytes, began)
         return out, layout.rows.copy()
 
     in_arena = group.arena is not None and algorithm in ("auto", "shm")

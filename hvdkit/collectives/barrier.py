@@ -25,16 +25,18 @@ def barrier(group: Group, *, name: str | None, algorithm: str) -> None:
             way = pick("barrier", algorithm, 0, no_arena=group.no_arena)
         except HvdkitError as exc:
             group.refuse("barrier", name, exc)
-        plan = Call("barrier", name, (("algorithm", algorithm),)), way
+        plan = Call("barrier", name, (("algorithm", algorithm),), {"algorithm": algorithm}), way
         group.keep(key, plan)
     call, way = plan
+    began = group.begin(call)
     if way == "shm":
         assert group.arena is not None
-        if group.arena_call(group.arena.native.barrier, call.signature):
-            group.raise_mismatch(call)
-        return
-    group.agree(call)
-    if way == "mpi":
-        group.library().library_barrier()
+        while group.arena_call(group.arena.native.barrier, call.signature):
+            group.settle(call)
     else:
-        group.run_schedule("barrier", way, np.zeros(1, np.uint8), op=ReduceOp.MAX)
+        group.agree(call)
+        if way == "mpi":
+            group.library().library_barrier()
+        else:
+            group.run_schedule("barrier", way, np.zeros(1, np.uint8), op=ReduceOp.MAX)
+    group.record(call, way, 0, began)

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
 from hvdkit.collectives.calls import Call
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.pick import pick
 from hvdkit.dtypes import check_supported, exported
 from hvdkit.errors import ArgumentError, HvdkitError
+from hvdkit.transport.device import Memory
 
 
-def broadcast(
-    group: Group, data: NDArray[Any], *, root: int, name: str | None, algorithm: str
-) -> None:
+def broadcast(group: Group, data: Memory, *, root: int, name: str | None, algorithm: str) -> None:
     """Overwrite `data` on every rank with the root's; blocking.
 
     Args:
         group: the ranks.
         data: C-contiguous; equal shape and dtype on all ranks.
+            For ``"mpi"`` it may be in the memory of a device.
         root: the rank whose data it is.
         name: for messages and the check.
         algorithm: a schedule's name, ``"shm"``, ``"mpi"`` or ``"auto"``.
@@ -39,22 +36,24 @@ def broadcast(
             group.refuse("broadcast", name, exc)
         group.keep(key, plan)
     call, way = plan
-    if way == "shm":
-        assert group.arena is not None
-        arguments = (exported(data), root, call.signature)
-        if group.arena_call(group.arena.native.broadcast, *arguments):
-            group.raise_mismatch(call)
-        return
-    group.agree(call)
-    flat = data.reshape(-1).view(np.uint8)
+    began = group.begin(call)
     if way == "mpi":
-        group.library().library_broadcast(flat, root)
+        group.agree(call)
+        group.library().library_broadcast(data.reshape(-1).view(np.uint8), root)
+    elif way == "shm":
+        assert group.arena is not None and isinstance(data, np.ndarray)
+        arguments = (exported(data), root, call.signature)
+        while group.arena_call(group.arena.native.broadcast, *arguments):
+            group.settle(call)
     else:
-        group.run_schedule("broadcast", way, flat, root=root)
+        assert isinstance(data, np.ndarray)
+        group.agree(call)
+        group.run_schedule("broadcast", way, data.reshape(-1).view(np.uint8), root=root)
+    group.record(call, way, data.nbytes, began)
 
 
 def _plan(
-    group: Group, data: NDArray[Any], root: int, name: str | None, algorithm: str
+    group: Group, data: Memory, root: int, name: str | None, algorithm: str
 ) -> tuple[Call, str]:
     check_supported(data.dtype)
     check_root(group, root)

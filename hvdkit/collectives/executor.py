@@ -11,8 +11,9 @@ when it proves a schedule free of deadlock without any buffering.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,14 @@ from hvdkit.transport.base import Backoff, Bytes, Request, Transport
 #: Segments in flight in each direction: enough to keep a link busy while one is reduced, few
 #: enough for the scratch they arrive in to stay in the cache.
 WINDOW = 4
+
+
+class StepRecorder(Protocol):
+    """Whoever wants to know of single steps."""
+
+    def step(self, name: str, began: float, nbytes: int) -> None:
+        """Note a step that has ended, when it began and how many bytes this rank sent."""
+        ...
 
 
 class _Stream:
@@ -127,7 +136,7 @@ class Executor:
     def __init__(self, transport: Transport, kernels: Kernels, *, spin: int) -> None:
         self.transport = transport
         self.kernels = kernels
-        self._backoff = Backoff(spin)
+        self.backoff = Backoff(spin)
         self._scratch = np.empty(0, np.uint8)
 
     def run(
@@ -137,6 +146,7 @@ class Executor:
         *,
         source: NDArray[Any] | None = None,
         op: ReduceOp = ReduceOp.SUM,
+        recorder: StepRecorder | None = None,
     ) -> None:
         """Execute a schedule that is laid out; blocking.  Collective.
 
@@ -145,11 +155,13 @@ class Executor:
             target: 1-D contiguous; received into and, without `source`, also sent from.
             source: 1-D contiguous, of the same dtype; sent from (all-to-all).
             op: how arriving segments are combined; the lower rank's operand comes first.
+            recorder: is told of every step.
         """
         sent = (target if source is None else source).view(np.uint8)
         stored = target.view(np.uint8)
         width = target.itemsize
-        for move in moves:
+        for number, move in enumerate(moves):
+            began = time.perf_counter()
             streams: list[_Stream] = []
             if move.incoming:
                 streams.append(
@@ -163,17 +175,24 @@ class Executor:
                     streams[0].leaving = sending
                 streams.append(sending)
             self._complete(streams)
+            if recorder is not None:
+                nbytes = sum(s.stop - s.start for s in move.outgoing) * width
+                recorder.step(f"step {number}: {move}", began, nbytes)
 
     def _complete(self, pending: list[_Stream]) -> None:
         """Poll until every stream is done."""
-        self._backoff.reset()
-        while pending:
-            moved = [stream.advance() for stream in pending]
-            if any(moved):
-                pending = [s for s in pending if s.done < len(s.segments)]
-                self._backoff.reset()
-            else:
-                self._backoff.pause()
+        self.backoff.reset()
+        try:
+            while pending:
+                moved = [stream.advance() for stream in pending]
+                if any(moved):
+                    pending = [s for s in pending if s.done < len(s.segments)]
+                    self.backoff.reset()
+                else:
+                    self.backoff.pause()
+        except BaseException:
+            self.backoff.abandoned.append(pending)
+            raise
 
     def _reducing(self, move: Move, target: NDArray[Any], op: ReduceOp) -> _Reducing:
         """Return the stream, with `WINDOW` landing places as long as its longest segment."""

@@ -2,25 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdkit.collectives.calls import Call, mismatch
+from hvdkit.collectives.calls import JOIN, JOINABLE, Call, joined_error, mismatch
 from hvdkit.collectives.executor import Executor
 from hvdkit.collectives.program import Move, bounds_of, even_bounds, lay_out
 from hvdkit.dtypes import ReduceOp
-from hvdkit.errors import MismatchError, PeerError, UnsupportedError
+from hvdkit.errors import (
+    HorovodInternalError,
+    MismatchError,
+    PeerError,
+    UnsupportedError,
+)
 from hvdkit.native import Kernels
 from hvdkit.schedules import registry
 from hvdkit.transport.arena import Arena
 from hvdkit.transport.base import Transport
 
+#: How long word may take of why a rank gave up.
+SECONDS_FOR_A_REASON = 1.0
+
 #: Plans kept: calls that differ in name, shape, dtype or arguments.  A training step has hundreds.
 MOST_PLANS = 4096
+
+
+class Recorder(Protocol):
+    """Whoever wants to know what was done."""
+
+    @property
+    def tracing(self) -> bool:
+        """Whether steps of schedules are wanted as well."""
+        ...
+
+    def operation(
+        self, call: Call, algorithm: str, nbytes: int, began: float, *, counted: bool
+    ) -> None:
+        """Note a collective that has ended, and when it began (`time.perf_counter`).
+
+        One that is `counted` elsewhere is wanted for the timeline only.
+        """
+        ...
+
+    def step(self, name: str, began: float, nbytes: int) -> None:
+        """Note a step of a schedule."""
+        ...
 
 
 class Group:
@@ -53,7 +84,78 @@ class Group:
         self.no_arena = arena if isinstance(arena, str) else ""
         self.segment_bytes = segment_bytes
         self.executor = Executor(transport, kernels, spin=spin)
+        self.recorder: Recorder | None = None
+        self.doing: Any = None
+        """The call under way, or the last one; an all-reduce's plan stands for its call."""
+        self._agreed = 0
+        self._failure: HorovodInternalError | None = None
         self._plans: dict[Any, Any] = {}
+        self._retired: list[tuple[str, str, str, int, int, float]] = []
+
+    # What the engine watches
+
+    @property
+    def operations(self) -> int:
+        """How many operations this rank has begun: equal on ranks that are in the same one."""
+        return self._agreed + (self.arena.native.operations if self.arena is not None else 0)
+
+    @property
+    def failure(self) -> HorovodInternalError | None:
+        """Why the group is of no more use, if so."""
+        return self._failure
+
+    def abort(self, error: HorovodInternalError) -> None:
+        """End whatever waits in this group, now and later, with `error`.  From any thread."""
+        if self._failure is None:
+            self._failure = error
+        self.executor.backoff.stop = self._failure
+        self.transport.interrupt(self._failure)
+        if self.arena is not None:
+            self.arena.native.abort()
+
+    def close(self, *, in_step: bool = True) -> None:
+        """Let go of the memory and the messages.  Collective.
+
+        Args:
+            in_step: whether all ranks have ended the same operations.  Otherwise messages may be
+                under way; they must not come to whoever communicates next, so the transport stays.
+        """
+        if self.arena is not None:
+            self.arena.close()
+        if in_step and self._failure is None and not self.executor.backoff.abandoned:
+            self.transport.close()
+
+    def record(
+        self, call: Call, algorithm: str, nbytes: int, began: float, *, counted: bool = False
+    ) -> None:
+        """Tell the recorder of a collective that has ended.
+
+        `counted` is what the native module counts itself; see `counts`.
+        """
+        if self.recorder is not None and not (counted and not self.recorder.tracing):
+            self.recorder.operation(call, algorithm, nbytes, began, counted=counted)
+
+    def counts(self) -> Iterator[tuple[str, str, str, int, int, float]]:
+        """Yield what the native module has counted.
+
+        As ``(kind, dtype, algorithm, operations, bytes, seconds)``.
+        """
+        yield from self._retired
+        for plan in list(self._plans.values()):
+            if (count := getattr(plan, "tally", None)) is not None:
+                yield count
+
+    @property
+    def tracer(self) -> Recorder | None:
+        """The recorder, if it wants to know of single steps."""
+        return self.recorder if self.recorder is not None and self.recorder.tracing else None
+
+    def begin(self, call: Call) -> float:
+        """Note what is about to be done; return the time."""
+        self.doing = call
+        if self._failure is not None:
+            raise self._failure
+        return time.perf_counter()
 
     def recall(self, key: Any) -> Any:
         """Return the plan kept under `key`, or None."""
@@ -65,6 +167,7 @@ class Group:
     def keep(self, key: Any, plan: Any) -> None:
         """Keep a plan for the next call like this one."""
         if len(self._plans) >= MOST_PLANS:
+            self._retired = list(self.counts())
             self._plans.clear()
         self._plans[key] = plan
 
@@ -79,21 +182,23 @@ class Group:
         Raises:
             MismatchError: on every rank, if any asked for something else.
         """
+        self.begin(call)
         if self.arena is not None:
-            gathered = self.exchange(call, values)
-            if gathered is None:
+            while (gathered := self.exchange(call, values)) is None:
                 self.settle(call)
-                gathered = self.exchange(call, values)
-            if gathered is None:
-                self.raise_mismatch(call)
             return gathered
         # The signature travels alone: ranks in different calls have different numbers of values.
-        mine = np.array([_signed(call.signature)], np.int64)
-        if np.any(self.transport.allgather_ints(mine) != mine[0]):
-            self.raise_mismatch(call)
+        while self.differs(call):
+            self.settle(call)
         if not values:
             return np.empty((self.size, 0), np.int64)
         return self.transport.allgather_ints(np.array(values, np.int64))
+
+    def differs(self, call: Call) -> bool:
+        """Return whether ranks' calls differ, as found by messages.  Collective."""
+        self._agreed += 1
+        mine = np.array([_signed(call.signature)], np.int64)
+        return bool(np.any(self.transport.allgather_ints(mine) != mine[0]))
 
     def exchange(self, call: Call, values: Sequence[int]) -> NDArray[np.int64] | None:
         """Return each rank's `values` through the arena, or None if ranks' calls differ."""
@@ -105,20 +210,28 @@ class Group:
         return np.frombuffer(b"".join(gathered), np.int64).reshape(self.size, len(values))
 
     def settle(self, call: Call) -> None:
-        """Return if every rank makes the same call after all, else raise.  Collective."""
+        """Find out why ranks' signatures differed; return if they should try again.  Collective.
+
+        That is so where lengths changed (see `hvdkit.collectives.learning`), and where the others
+        have joined: they know by then what call to take part in.
+
+        Raises:
+            MismatchError: the ranks make different calls.
+            UnsupportedError: a rank has joined that cannot take part in such a call.
+        """
         calls = self.transport.allgather_object(call)
-        if any(theirs != call for theirs in calls):
-            raise mismatch(calls)
+        joined = [rank for rank, theirs in enumerate(calls) if theirs.kind == JOIN]
+        others = {rank: theirs for rank, theirs in enumerate(calls) if theirs.kind != JOIN}
+        if any(theirs != call for theirs in others.values()):
+            raise mismatch(list(others.values()), ranks=list(others))
+        if joined and call.kind not in JOINABLE:
+            raise joined_error(call, joined)
 
     def refuse(self, kind: str, name: str | None, error: Exception) -> NoReturn:
         """Raise `error` here, and tell the ranks that wait in the same call why.  Collective."""
         with suppress(MismatchError):
             self.agree(Call.refused(kind, name, error))
         raise error
-
-    def raise_mismatch(self, call: Call) -> NoReturn:
-        """Raise the error that shows what each rank asked for; pairs with `settle`.  Collective."""
-        raise mismatch(self.transport.allgather_object(call))
 
     # Shared memory
 
@@ -127,7 +240,25 @@ class Group:
         try:
             return operation(*arguments)
         except RuntimeError as exc:
-            raise peer_error(exc) from exc
+            raise self.peer_error(exc) from exc
+
+    def peer_error(self, exc: RuntimeError) -> HorovodInternalError:
+        """Return the native arena's error as the one that hvdkit's users know.
+
+        If a rank gave up or left in an orderly way, word of the reason is on its way to this one.
+        """
+        if "gave up" in str(exc) or "closed" in str(exc):
+            deadline = time.monotonic() + SECONDS_FOR_A_REASON
+            while self._failure is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+        return self._failure or PeerError(
+            f"{exc}\nThe ranks of this node cannot go on together; restart the job."
+        )
+
+    def empty(self, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Return `count` zeroed elements, in the arena if there is one with room.  Collective."""
+        buffer = None if self.arena is None else self.arena.empty(count, dtype)
+        return np.zeros(count, dtype) if buffer is None else buffer
 
     # Schedules
 
@@ -155,7 +286,7 @@ class Group:
             if moves is None:
                 moves = self._lay_out(kind, algorithm, target, None, None, root)
                 self.keep(key, moves)
-        self.executor.run(moves, target, source=source, op=op)
+        self.executor.run(moves, target, source=source, op=op, recorder=self.tracer)
 
     def _lay_out(
         self,
@@ -195,11 +326,6 @@ class Group:
                 "take another algorithm than 'mpi'"
             )
         return library
-
-
-def peer_error(exc: RuntimeError) -> PeerError:
-    """Return the native arena's error as the one that hvdkit's users know."""
-    return PeerError(f"{exc}\nThe ranks of this node cannot go on together; restart the job.")
 
 
 def _signed(value: int) -> int:

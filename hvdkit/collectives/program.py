@@ -42,6 +42,13 @@ class Move:
     outgoing: tuple[slice, ...]
     in_turn: bool
 
+    def __str__(self) -> str:
+        """Return such as ``send to 1, reduce from 3``."""
+        words = [f"send to {self.destination}"] if self.outgoing else []
+        if self.incoming:
+            words.append(f"{'reduce' if self.reduces else 'store'} from {self.source}")
+        return ", ".join(words)
+
 
 def lay_out(
     steps: Iterable[Exchange],

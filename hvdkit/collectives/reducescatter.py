@@ -59,11 +59,13 @@ def reducescatter(
     width = math.prod(source.shape[1:])
     counts = tuple([n * width for n in rows])
     out = np.empty((rows[group.rank], *source.shape[1:]), source.dtype)
+    began = group.begin(plan.call)
     if plan.algorithm == "shm":
         assert group.arena is not None
         arguments = (exported(source), exported(out), counts, *plan.native)
-        if group.arena_call(group.arena.native.reducescatter, *arguments):
-            group.raise_mismatch(plan.call)
+        while group.arena_call(group.arena.native.reducescatter, *arguments):
+            group.settle(plan.call)
+        group.record(plan.call, plan.algorithm, source.nbytes, began)
         return out
     group.agree(plan.call)
     data = source.reshape(-1).copy()
@@ -76,4 +78,5 @@ def reducescatter(
         start = sum(counts[: group.rank])
         flat[:] = data[start : start + flat.size]
     plan.finish(group, flat)
+    group.record(plan.call, plan.algorithm, source.nbytes, began)
     return out

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 from hvdkit.collectives.calls import Call
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.pick import pick
-from hvdkit.dtypes import DTYPE_CODES, ReduceOp, as_op, check_supported
+from hvdkit.dtypes import DTYPE_CODES, DTYPES, ReduceOp, as_op, check_supported
 from hvdkit.errors import ArgumentError, HvdkitError
+from hvdkit.transport.device import Memory
+
+
+class BoundAllreduce(Protocol):
+    """The arena's all-reduce of ``(source, target)`` with all else bound."""
+
+    calls: int
+    nanoseconds: int
+
+    def __call__(self, source: NDArray[Any], target: NDArray[Any]) -> int:
+        """Return nonzero if ranks' signatures differed."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -28,8 +39,17 @@ class Reduction:
     postscale: float
     native: tuple[int, int, float, int, float, int]
     """The arena's arguments: dtype, op, prescale, divisor, postscale, signature."""
-    bound: Callable[[NDArray[Any], NDArray[Any]], int] | None
-    """The arena's all-reduce of (source, target), with those arguments bound."""
+    bound: BoundAllreduce | None
+    nbytes: int
+
+    @property
+    def tally(self) -> tuple[str, str, str, int, int, float] | None:
+        """What the arena counted of `bound`; see `Group.counts`."""
+        if self.bound is None:
+            return None
+        calls, seconds = self.bound.calls, self.bound.nanoseconds * 1e-9
+        dtype = DTYPES[self.native[0]].name
+        return self.call.kind, dtype, self.algorithm, calls, calls * self.nbytes, seconds
 
     def begin(self, group: Group, data: NDArray[Any]) -> None:
         """Scale 1-D `data` before it is reduced over messages."""
@@ -44,7 +64,7 @@ class Reduction:
 def plan_reduction(
     group: Group,
     kind: str,
-    source: NDArray[Any],
+    source: Memory,
     *,
     op: object,
     name: str | None,
@@ -72,7 +92,7 @@ def plan_reduction(
 def _resolve(
     group: Group,
     kind: str,
-    source: NDArray[Any],
+    source: Memory,
     op: ReduceOp,
     name: str | None,
     prescale: float,
@@ -80,11 +100,13 @@ def _resolve(
     algorithm: str,
 ) -> Reduction:
     check_supported(source.dtype, op)
+    if op is ReduceOp.ADASUM:
+        raise ArgumentError(f"Adasum is an all-reduce; {kind} has no such operation")
     if kind == "reducescatter" and source.ndim == 0:
         raise ArgumentError("reducescatter needs an array of at least one dimension")
     factors = {
-        "prescale_factor": _number("prescale_factor", prescale),
-        "postscale_factor": _number("postscale_factor", postscale),
+        "prescale": number("prescale_factor", prescale),
+        "postscale": number("postscale_factor", postscale),
     }
     call = Call(
         kind,
@@ -93,9 +115,10 @@ def _resolve(
             ("op", str(op)),
             ("dtype", source.dtype.name),
             ("shape", str(source.shape)),
-            *((label, repr(factor)) for label, factor in factors.items()),
+            *((f"{label}_factor", repr(factor)) for label, factor in factors.items()),
             ("algorithm", algorithm),
         ),
+        {"arrays": ((source.dtype, source.shape),), "op": op, "algorithm": algorithm} | factors,
     )
     way = pick(kind, algorithm, source.nbytes, no_arena=group.no_arena)
     divisor = group.size if op is ReduceOp.AVERAGE else 1
@@ -113,10 +136,16 @@ def _resolve(
         postscale=after,
         native=native,
         bound=bound,
+        nbytes=source.nbytes,
     )
 
 
-def _number(label: str, value: object) -> float:
+def number(label: str, value: object) -> float:
+    """Return a factor as a float.
+
+    Raises:
+        ArgumentError: it is no number.
+    """
     try:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):

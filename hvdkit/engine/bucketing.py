@@ -39,21 +39,25 @@ class Bucket:
     """Elements of the buffer, gaps for alignment included."""
 
 
-def plan_buckets(gradients: Sequence[Gradient], bucket_bytes: int) -> tuple[Bucket, ...]:
-    """Share out gradients over buckets of at most `bucket_bytes`, in reverse order of creation.
+def plan_buckets(
+    gradients: Sequence[Gradient], bucket_bytes: int, order: Sequence[int] | None = None
+) -> tuple[Bucket, ...]:
+    """Share out gradients over buckets of at most `bucket_bytes`, in the `order` they come in.
 
-    Backward yields the gradients of the last layers first, so those fill the first bucket, which
-    can travel while the rest is computed [Li et al., PyTorch Distributed, VLDB 2020, section 3.2].
-    A gradient larger than a bucket has one of its own.  Each dtype has buckets of its own; the
-    buckets stand in the order in which their last gradient is expected.
+    Without `order` it is the reverse order of creation: backward yields the gradients of the last
+    layers first, so those fill the first bucket, which can travel while the rest is computed [Li
+    et al., PyTorch Distributed, VLDB 2020, section 3.2].  A gradient larger than a bucket has one
+    of its own.  Each dtype has buckets of its own; the buckets stand in the order in which their
+    last gradient is expected.
     """
+    order = list(reversed(range(len(gradients)))) if order is None else order
     closed: list[Bucket] = []
     open_members: dict[np.dtype[Any], list[int]] = {}
 
     def close(dtype: np.dtype[Any]) -> None:
         closed.append(_layout(gradients, open_members.pop(dtype), dtype))
 
-    for index in reversed(range(len(gradients))):
+    for index in order:
         dtype = gradients[index].dtype
         members = open_members.get(dtype, [])
         if members and _padded_bytes(gradients, [*members, index]) > bucket_bytes:
@@ -61,7 +65,33 @@ def plan_buckets(gradients: Sequence[Gradient], bucket_bytes: int) -> tuple[Buck
         open_members.setdefault(dtype, []).append(index)
     for dtype in list(open_members):
         close(dtype)
-    return tuple(sorted(closed, key=lambda bucket: -bucket.members[-1]))
+    return _in_order(closed, order)
+
+
+def plan_groups(
+    gradients: Sequence[Gradient], groups: Sequence[Sequence[int]], order: Sequence[int]
+) -> tuple[Bucket, ...]:
+    """Make a bucket of each of `groups`, one for each dtype in it, and of every other gradient.
+
+    Gradients that are not in `order` are in no bucket.
+    """
+    wanted = set(order)
+    grouped = {index for group in groups for index in group}
+    alone = [[index] for index in order if index not in grouped]
+    buckets = []
+    for group in [*groups, *alone]:
+        by_dtype: dict[np.dtype[Any], list[int]] = {}
+        for index in group:
+            if index in wanted:
+                by_dtype.setdefault(gradients[index].dtype, []).append(index)
+        buckets += [_layout(gradients, members, dtype) for dtype, members in by_dtype.items()]
+    return _in_order(buckets, order)
+
+
+def _in_order(buckets: Sequence[Bucket], order: Sequence[int]) -> tuple[Bucket, ...]:
+    """Sort buckets by when their last gradient comes."""
+    place = {index: position for position, index in enumerate(order)}
+    return tuple(sorted(buckets, key=lambda bucket: max(place[i] for i in bucket.members)))
 
 
 def _layout(gradients: Sequence[Gradient], members: list[int], dtype: np.dtype[Any]) -> Bucket:

@@ -1,133 +1,545 @@
-"""The collectives on CPU tensors: those of `hvdkit`, over the tensors' own memory.
+"""The synchronous collectives on tensors, differentiable by autograd.
 
-Arguments, results and errors are those of the functions of the same name in `hvdkit`, with tensors
-for arrays.  Results carry no gradient.
+Names, arguments and defaults are Horovod's, `algorithm` is added.  They are matched between ranks
+by the order in which they are called, and run on the calling thread.
+
+Gradients are Horovod's, made for parameters whose gradients are averaged over ranks afterwards:
+
+    forward            backward, of all ranks' gradients of the outputs
+    allreduce          their all-reduce, with the same op and factors
+    allgather          this rank's rows of their average
+    broadcast          their average on the root, zeros elsewhere
+    alltoall           the rows go back to where they came from
+    reducescatter      their all-gather, times the factors; times the number of ranks for a Sum
+
+Only Average and Sum are derivatives; Min, Max, Product and Adasum of gradients are what Horovod
+makes of these.  Backward is differentiable itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
-from hvdkit.api import context
-from hvdkit.dtypes import Average
-from hvdkit.torch.convert import array_of, tensor_of
+from hvdkit.api import communicator, context
+from hvdkit.api import rank as global_rank
+from hvdkit.dtypes import Average, ReduceOp, as_op
+from hvdkit.engine.communicator import Communicator
+from hvdkit.process_sets import ProcessSet, global_process_set
+from hvdkit.torch import direct
+from hvdkit.torch.asynchronous import as_reduction
+from hvdkit.torch.compression import Compression
+from hvdkit.torch.convert import array_of, check_tensor, tensor_of
+from hvdkit.torch.ports import Result, Source
+
+# All-reduce
 
 
 def allreduce(
     tensor: torch.Tensor,
-    *,
-    op: object = Average,
+    average: bool | None = None,
     name: str | None = None,
+    compression: Any = Compression.none,
+    op: Any = None,
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
     algorithm: str = "auto",
 ) -> torch.Tensor:
-    """Return the combination of all ranks' `tensor` as a new tensor.  Collective, blocking."""
-    return tensor_of(
-        context().allreduce(
-            array_of(tensor),
-            op=op,
-            name=name,
-            prescale_factor=prescale_factor,
-            postscale_factor=postscale_factor,
-            algorithm=algorithm,
-        )
-    )
+    """Return the combination of all ranks' `tensor` as a new tensor.  Collective, blocking.
+
+    Args:
+        tensor: equal shape and dtype on all ranks; any dtype but quantized and float8.
+        average: deprecated, Horovod's older way to say `op`.
+        name: named in errors; ranks must give the same one.
+        compression: `Compression.none`, ``fp16`` or ``bf16``: as what the tensor travels.
+        op: `Average` (the default), `Sum`, `Min`, `Max`, `Product` or `Adasum`.
+        prescale_factor: multiplies each contribution first.
+        postscale_factor: multiplies the result last.
+        process_set: whose ranks take part.
+        algorithm: as in `hvdkit.allreduce`.
+
+    Raises:
+        MismatchError: on every rank, showing what each had, if ranks disagree.
+        ArgumentError, UnsupportedError: what cannot be; the other ranks get a MismatchError.
+        PeerError: another rank died.
+    """
+    op = as_reduction(op, average)
+    how = (op, name, prescale_factor, postscale_factor, algorithm)
+    packed, form = compression.compress(tensor)
+    if differentiable(packed):
+        result = apply_function(_Allreduce, packed, how, process_set)
+    else:
+        result = _allreduce(packed, how, process_set)
+    unpacked: torch.Tensor = compression.decompress(result, form)
+    return unpacked
 
 
 def allreduce_(
     tensor: torch.Tensor,
-    *,
-    op: object = Average,
+    average: bool | None = None,
     name: str | None = None,
+    op: Any = None,
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
     algorithm: str = "auto",
 ) -> torch.Tensor:
     """Replace `tensor` by the combination of all ranks', and return it.  Collective, blocking."""
-    context().allreduce(
-        array_of(tensor, in_place=True),
-        op=op,
-        name=name,
-        prescale_factor=prescale_factor,
-        postscale_factor=postscale_factor,
-        algorithm=algorithm,
-        in_place=True,
-    )
-    return tensor
+    how = (as_reduction(op, average), name, prescale_factor, postscale_factor, algorithm)
+    return _allreduce(tensor, how, process_set, in_place=True)
+
+
+def grouped_allreduce(
+    tensors: Sequence[torch.Tensor],
+    average: bool | None = None,
+    name: str | None = None,
+    compression: Any = Compression.none,
+    op: Any = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
+) -> list[torch.Tensor]:
+    """Return the combinations of all ranks' `tensors`, in order.  Collective, blocking."""
+    return [
+        allreduce(
+            tensor,
+            average,
+            _numbered(name, number),
+            compression,
+            op,
+            prescale_factor,
+            postscale_factor,
+            process_set,
+        )
+        for number, tensor in enumerate(tensors)
+    ]
+
+
+def grouped_allreduce_(
+    tensors: Sequence[torch.Tensor],
+    average: bool | None = None,
+    name: str | None = None,
+    op: Any = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
+) -> list[torch.Tensor]:
+    """Replace `tensors` by the combinations of all ranks', and return them.  Blocking."""
+    return [
+        allreduce_(
+            tensor,
+            average,
+            _numbered(name, number),
+            op,
+            prescale_factor,
+            postscale_factor,
+            process_set,
+        )
+        for number, tensor in enumerate(tensors)
+    ]
+
+
+def _allreduce(
+    tensor: torch.Tensor,
+    how: tuple[Any, str | None, float, float, str],
+    process_set: ProcessSet,
+    *,
+    in_place: bool = False,
+) -> torch.Tensor:
+    among = communicator(process_set)
+    if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+        check_tensor(tensor, in_place=in_place)
+        if direct.reduces(tensor, how[0], how[-1]):
+            return direct.allreduce(among, tensor, how, in_place=in_place)
+        source = Source(tensor)
+        source.fetch()
+        among.allreduce(source.array, *how, in_place=True)
+        return Result(source.array, tensor.device, tensor if in_place else None).tensor()
+    result = among.allreduce(array_of(tensor, in_place=in_place), *how, in_place=in_place)
+    return tensor if in_place else tensor_of(result)
+
+
+class _Allreduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, how: Any, process_set: ProcessSet) -> torch.Tensor:
+        ctx.how, ctx.process_set = how, process_set
+        return _allreduce(tensor, how, process_set)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        op, name, prescale, postscale, algorithm = ctx.how
+        reduced = allreduce(
+            gradients[0],
+            name=None if name is None else f"{name}.gradient",
+            op=op,
+            prescale_factor=prescale,
+            postscale_factor=postscale,
+            process_set=ctx.process_set,
+            algorithm=algorithm,
+        )
+        return reduced, None, None
+
+
+# All-gather
 
 
 def allgather(
-    tensor: torch.Tensor, *, name: str | None = None, algorithm: str = "auto"
-) -> torch.Tensor:
-    """Return all ranks' `tensor` joined along the first dimension.  Collective, blocking."""
-    return tensor_of(context().allgather(array_of(tensor), name=name, algorithm=algorithm))
-
-
-def reducescatter(
     tensor: torch.Tensor,
-    *,
-    op: object = Average,
     name: str | None = None,
-    prescale_factor: float = 1.0,
-    postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
     algorithm: str = "auto",
 ) -> torch.Tensor:
-    """Return this rank's rows of the combination of all ranks' `tensor`.  Collective, blocking."""
-    return tensor_of(
-        context().reducescatter(
-            array_of(tensor),
-            op=op,
-            name=name,
-            prescale_factor=prescale_factor,
-            postscale_factor=postscale_factor,
-            algorithm=algorithm,
-        )
-    )
+    """Return all ranks' `tensor` joined along the first dimension.  Collective, blocking.
+
+    Args:
+        tensor: its first dimension may differ between ranks.  A scalar counts as one row.
+        name, process_set, algorithm: as in `allreduce`.
+
+    Raises:
+        MismatchError, ArgumentError, UnsupportedError, PeerError: as `allreduce`.
+    """
+    if differentiable(tensor):
+        result: torch.Tensor = apply_function(_Allgather, tensor, name, process_set, algorithm)
+        return result
+    return _allgather(tensor, name, process_set, algorithm)
+
+
+def grouped_allgather(
+    tensors: Sequence[torch.Tensor],
+    name: str | None = None,
+    process_set: ProcessSet = global_process_set,
+) -> list[torch.Tensor]:
+    """Return all ranks' `tensors`, each joined with its like.  Collective, blocking."""
+    return [
+        allgather(tensor, _numbered(name, number), process_set)
+        for number, tensor in enumerate(tensors)
+    ]
+
+
+def _allgather(
+    tensor: torch.Tensor, name: str | None, process_set: ProcessSet, algorithm: str
+) -> torch.Tensor:
+    if direct.moves(tensor, algorithm):
+        return direct.allgather(communicator(process_set), tensor, name)
+    return _moved(tensor, process_set, Communicator.allgather, name=name, algorithm=algorithm)
+
+
+class _Allgather(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tensor: torch.Tensor, name: str | None, process_set: ProcessSet, algorithm: str
+    ) -> torch.Tensor:
+        ctx.shape, ctx.process_set = tensor.shape, process_set
+        return _allgather(tensor, name, process_set, algorithm)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        among = communicator(ctx.process_set)
+        rows = ctx.shape[0] if ctx.shape else 1
+        everyone = among.allgather(np.array([rows], np.int64), name="allgather.gradient.rows")
+        begin = int(everyone[: among.rank].sum())
+        mean = _mean(gradients[0], "allgather.gradient", ctx.process_set)
+        return mean[begin : begin + rows].reshape(ctx.shape), None, None, None
+
+
+# Broadcast
 
 
 def broadcast(
     tensor: torch.Tensor,
     root_rank: int = 0,
-    *,
     name: str | None = None,
+    process_set: ProcessSet = global_process_set,
     algorithm: str = "auto",
 ) -> torch.Tensor:
-    """Return the root's `tensor` as a new tensor on every rank.  Collective, blocking."""
-    return tensor_of(
-        context().broadcast(array_of(tensor), root_rank, name=name, algorithm=algorithm)
-    )
+    """Return the root's `tensor` as a new tensor on every rank.  Collective, blocking.
+
+    Args:
+        tensor: equal shape and dtype on all ranks.
+        root_rank: the rank whose `tensor` it is, counted among all ranks.
+        name, process_set, algorithm: as in `allreduce`.
+
+    Raises:
+        MismatchError, ArgumentError, UnsupportedError, PeerError: as `allreduce`.
+    """
+    if differentiable(tensor):
+        result: torch.Tensor = apply_function(
+            _Broadcast, tensor, root_rank, name, process_set, algorithm
+        )
+        return result
+    return _broadcast(tensor, root_rank, name, process_set, algorithm)
 
 
 def broadcast_(
     tensor: torch.Tensor,
     root_rank: int = 0,
-    *,
     name: str | None = None,
+    process_set: ProcessSet = global_process_set,
     algorithm: str = "auto",
 ) -> torch.Tensor:
     """Replace `tensor` by the root's, and return it.  Collective, blocking."""
-    context().broadcast(
-        array_of(tensor, in_place=True), root_rank, name=name, algorithm=algorithm, in_place=True
+    check_tensor(tensor, in_place=True)
+    if direct.moves(tensor, algorithm):
+        return direct.broadcast_(communicator(process_set), tensor, root_rank, name)
+    if not tensor.is_cuda:
+        communicator(process_set).broadcast(
+            array_of(tensor), root_rank, name=name, algorithm=algorithm, in_place=True
+        )
+        return tensor
+    source = Source(tensor)
+    source.fetch()
+    communicator(process_set).broadcast(
+        source.array, root_rank, name=name, algorithm=algorithm, in_place=True
     )
-    return tensor
+    return Result(source.array, tensor.device, tensor).tensor()
+
+
+def _broadcast(
+    tensor: torch.Tensor,
+    root_rank: int,
+    name: str | None,
+    process_set: ProcessSet,
+    algorithm: str,
+) -> torch.Tensor:
+    if direct.moves(tensor, algorithm):
+        copy = tensor.detach().resolve_conj().resolve_neg().clone()
+        return direct.broadcast_(communicator(process_set), copy, root_rank, name)
+    return _moved(
+        tensor,
+        process_set,
+        Communicator.broadcast,
+        root_rank=root_rank,
+        name=name,
+        algorithm=algorithm,
+    )
+
+
+class _Broadcast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, root_rank: int, *rest: Any) -> torch.Tensor:
+        ctx.root_rank, ctx.process_set = root_rank, rest[1]
+        return _broadcast(tensor, root_rank, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        mean = _mean(gradients[0], "broadcast.gradient", ctx.process_set)
+        if global_rank() != ctx.root_rank:
+            # What is differentiated again must visit all ranks again.
+            mean = mean * 0 if mean.requires_grad else torch.zeros_like(mean)
+        return mean, None, None, None, None
+
+
+# All-to-all
 
 
 def alltoall(
     tensor: torch.Tensor,
-    splits: Sequence[int] | torch.Tensor | None = None,
-    *,
+    splits: Any = None,
     name: str | None = None,
+    process_set: ProcessSet = global_process_set,
     algorithm: str = "auto",
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Send rows of `tensor` to every rank; return the rows received.  Collective, blocking.
+) -> Any:
+    """Send rows of `tensor` to every rank, and return the rows received.  Collective, blocking.
 
-    With `splits`, also return how many rows came from each rank.
+    Args:
+        tensor: the rows for rank 0 come first, then those for rank 1, and so on.
+        splits: how many rows go to each rank, a tensor or a list; None: equally many.
+        name, process_set, algorithm: as in `allreduce`.
+
+    Returns:
+        The rows received, in rank order; with `splits` also a tensor of how many came from each.
+
+    Raises:
+        MismatchError, ArgumentError, UnsupportedError, PeerError: as `allreduce`.
     """
-    rows = splits.tolist() if isinstance(splits, torch.Tensor) else splits
-    received, counts = context().alltoall(array_of(tensor), rows, name=name, algorithm=algorithm)
-    if splits is None:
-        return tensor_of(received)
-    return tensor_of(received), tensor_of(counts)
+    if differentiable(tensor):
+        found = apply_function(_Alltoall, tensor, splits, name, process_set, algorithm)
+    else:
+        found = _alltoall(tensor, splits, name, process_set, algorithm)
+    return found[0] if splits is None else found
+
+
+def _alltoall(
+    tensor: torch.Tensor, splits: Any, name: str | None, process_set: ProcessSet, algorithm: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    as_given = isinstance(splits, torch.Tensor)
+    source = Source(tensor)
+    source.fetch()
+    rows, counts = communicator(process_set).alltoall(
+        source.array, splits.tolist() if as_given else splits, name=name, algorithm=algorithm
+    )
+    received = torch.from_numpy(counts).to(splits.dtype if as_given else torch.int32)
+    return Result(rows, tensor.device).tensor(), received
+
+
+class _Alltoall(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, *rest: Any) -> Any:
+        ctx.process_set = rest[2]
+        rows, received = _alltoall(tensor, *rest)
+        ctx.received = received
+        ctx.mark_non_differentiable(received)
+        return rows, received
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        back, _ = alltoall(gradients[0], ctx.received, "alltoall.gradient", ctx.process_set)
+        return back, None, None, None, None
+
+
+# Reduce-scatter
+
+
+def reducescatter(
+    tensor: torch.Tensor,
+    name: str | None = None,
+    compression: Any = Compression.none,
+    op: Any = Average,
+    process_set: ProcessSet = global_process_set,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    algorithm: str = "auto",
+) -> torch.Tensor:
+    """Return this rank's rows of the combination of all ranks' `tensor`.  Collective, blocking.
+
+    Args:
+        tensor: of at least one dimension; equal shape and dtype on all ranks.  Its rows are shared
+            out in order; the first ranks get one more where they do not divide.
+        op: `Average`, `Sum`, `Min`, `Max` or `Product`.
+        name, compression, process_set, prescale_factor, postscale_factor: as in `allreduce`.
+        algorithm: as in `hvdkit.reducescatter`.
+
+    Raises:
+        MismatchError, ArgumentError, UnsupportedError, PeerError: as `allreduce`.
+    """
+    how = (op, name, prescale_factor, postscale_factor, algorithm)
+    packed, form = compression.compress(tensor)
+    if differentiable(packed):
+        result = apply_function(_Reducescatter, packed, how, process_set)
+    else:
+        result = _reducescatter(packed, how, process_set)
+    unpacked: torch.Tensor = compression.decompress(result, form)
+    return unpacked
+
+
+def grouped_reducescatter(
+    tensors: Sequence[torch.Tensor],
+    name: str | None = None,
+    compression: Any = Compression.none,
+    op: Any = Average,
+    process_set: ProcessSet = global_process_set,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+) -> list[torch.Tensor]:
+    """Return this rank's rows of the combinations of all ranks' `tensors`.  Blocking."""
+    return [
+        reducescatter(
+            tensor,
+            _numbered(name, number),
+            compression,
+            op,
+            process_set,
+            prescale_factor,
+            postscale_factor,
+        )
+        for number, tensor in enumerate(tensors)
+    ]
+
+
+def _reducescatter(
+    tensor: torch.Tensor, how: tuple[Any, str | None, float, float, str], process_set: ProcessSet
+) -> torch.Tensor:
+    op, name, prescale, postscale, algorithm = how
+    return _moved(
+        tensor,
+        process_set,
+        Communicator.reducescatter,
+        op=op,
+        name=name,
+        prescale_factor=prescale,
+        postscale_factor=postscale,
+        algorithm=algorithm,
+    )
+
+
+class _Reducescatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, how: Any, process_set: ProcessSet) -> torch.Tensor:
+        ctx.how, ctx.process_set = how, process_set
+        return _reducescatter(tensor, how, process_set)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        op, _, prescale, postscale, _ = ctx.how
+        among = communicator(ctx.process_set)
+        factor = prescale * postscale * (among.size if as_op(op) is ReduceOp.SUM else 1)
+        whole = allgather(gradients[0] * factor, "reducescatter.gradient", ctx.process_set)
+        return whole, None, None
+
+
+# Without data
+
+
+def barrier(process_set: ProcessSet = global_process_set) -> None:
+    """Return when every rank of the set has called.  Collective, blocking.
+
+    Raises:
+        MismatchError, PeerError: as `allreduce`.
+    """
+    communicator(process_set).barrier()
+
+
+def join(device: Any = -1) -> int:
+    """Take part in the others' calls, having no more data, until every rank joins.  Collective.
+
+    Until then the others can all-reduce, to which this rank adds nothing (averages are still over
+    all ranks), and wait at barriers; for other collectives they get an error.
+
+    Args:
+        device: without effect, for nothing is allocated there; Horovod's scripts pass it.
+
+    Returns:
+        The rank that joined last.
+    """
+    del device
+    return context().join()
+
+
+# What they share
+
+
+def differentiable(tensor: Any) -> bool:
+    """Return whether autograd wants to know.
+
+    Raises:
+        UnsupportedError: not a dense tensor on the CPU or a CUDA device.
+    """
+    check_tensor(tensor)
+    return bool(tensor.requires_grad and torch.is_grad_enabled())
+
+
+def apply_function(function: Any, *arguments: Any) -> Any:
+    """Call an autograd function, of which torch gives no types."""
+    return function.apply(*arguments)
+
+
+def _moved(
+    tensor: torch.Tensor, process_set: ProcessSet, collective: Callable[..., Any], **how: Any
+) -> torch.Tensor:
+    """Return the result of a collective that makes a new array of `tensor`."""
+    source = Source(tensor)
+    source.fetch()
+    result = collective(communicator(process_set), source.array, **how)
+    return Result(result, tensor.device).tensor()
+
+
+def _mean(tensor: torch.Tensor, name: str, process_set: ProcessSet) -> torch.Tensor:
+    return allreduce(tensor, name=name, op=Average, process_set=process_set)
+
+
+def _numbered(name: str | None, number: int) -> str | None:
+    return None if name is None else f"{name}.{number}"

@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
-from hvdkit.api import context, rank
+from hvdkit.api import broadcast_object, rank
 from hvdkit.errors import UnsupportedError
 from hvdkit.torch.collectives import broadcast_
 
 
 def broadcast_parameters(
-    params: Mapping[str, Any] | Iterable[tuple[str, torch.Tensor]], root_rank: int = 0
+    params: Mapping[str, Any] | Iterable[tuple[str, Any]] | list[torch.Tensor], root_rank: int = 0
 ) -> None:
     """Overwrite every tensor of `params` with the root's.  Collective, blocking.
 
     Args:
-        params: ``model.state_dict()`` or ``model.named_parameters()``; the same names, in the same
-            order, on every rank.  Entries that are not tensors are left alone.
+        params: ``model.state_dict()``, ``model.named_parameters()`` or a list of tensors; the same
+            names, in the same order, on every rank.  Entries that are not tensors are left alone.
         root_rank: the rank to copy from.
 
     Raises:
@@ -32,7 +32,9 @@ def broadcast_parameters(
             "broadcast_parameters takes model.state_dict() or model.named_parameters(), "
             f"not {type(params).__name__}"
         )
-    pairs = params.items() if isinstance(params, Mapping) else params
+    pairs: Iterable[Any] = params.items() if isinstance(params, Mapping) else params
+    if isinstance(params, list):
+        pairs = [(str(i), p) if isinstance(p, torch.Tensor) else p for i, p in enumerate(params)]
     for pair in pairs:
         if not (isinstance(pair, tuple) and len(pair) == 2):
             raise UnsupportedError(
@@ -52,7 +54,9 @@ class _Shell:
     dtype: torch.dtype
 
 
-def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int = 0) -> None:
+def broadcast_optimizer_state(
+    optimizer: torch.optim.Optimizer, root_rank: int = 0, model: torch.nn.Module | None = None
+) -> None:
     """Give every rank the root's optimizer state and hyperparameters.  Collective, blocking.
 
     A rank may have no state yet, as before the first step when only the root has read a
@@ -61,14 +65,16 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int =
     Args:
         optimizer: over the same parameters on every rank.
         root_rank: the rank to copy from.
+        model: without effect, for no state has to be made up here; Horovod's scripts pass it.
 
     Raises:
         MismatchError: the ranks' calls differ.
     """
+    del model
     state = optimizer.state_dict()
     tensors: list[torch.Tensor] = []
     shells = _map(state, torch.Tensor, lambda tensor: _hull(tensor, tensors))
-    shells = context().broadcast_object(shells, root_rank, name="optimizer_state")
+    shells = broadcast_object(shells, root_rank, name="optimizer_state")
     if rank() != root_rank:
         tensors = []
         state = _map(shells, _Shell, lambda shell: _fill(shell, tensors))

@@ -109,3 +109,4 @@ class Arena:
     def close(self) -> None:
         """Leave the arena; its memory goes when the last buffer in it does."""
         self.native.close()
+        self._local.close()

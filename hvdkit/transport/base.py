@@ -65,6 +65,14 @@ class Transport(Protocol):
         """Return the root's `value` on every rank, pickled: for small control data only."""
         ...
 
+    def close(self) -> None:
+        """Let go of whatever is held for the messages.  Collective."""
+        ...
+
+    def interrupt(self, error: Exception) -> None:
+        """End waits for control data, now and later, with `error`.  From any thread."""
+        ...
+
 
 class Backoff:
     """How a rank waits: look, then offer the core to others, then sleep a little.
@@ -76,10 +84,14 @@ class Backoff:
     YIELDS = 200
     LONGEST_SLEEP = 1e-3
 
-    __slots__ = ("_looks", "_sleep", "spin")
+    __slots__ = ("_looks", "_sleep", "abandoned", "spin", "stop")
 
     def __init__(self, spin: int) -> None:
         self.spin = spin
+        self.stop: Exception | None = None
+        """Set by another thread to end the wait: raised by whoever pauses."""
+        self.abandoned: list[object] = []
+        """What holds the memory of messages that were given up: they may yet come, long after."""
         self.reset()
 
     def reset(self) -> None:
@@ -92,6 +104,8 @@ class Backoff:
         self._looks += 1
         if self._looks <= self.spin:
             return
+        if self.stop is not None:
+            raise self.stop
         if self._looks <= self.spin + self.YIELDS:
             os.sched_yield()
             if self._looks % 8 == 0:
@@ -103,5 +117,9 @@ class Backoff:
     def wait(self, request: Request) -> None:
         """Return when `request` is complete."""
         self.reset()
-        while not request.Test():
-            self.pause()
+        try:
+            while not request.Test():
+                self.pause()
+        except BaseException:
+            self.abandoned.append(request)
+            raise

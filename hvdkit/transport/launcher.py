@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from hvdkit.errors import LauncherError
 
@@ -51,3 +53,41 @@ def check_world(environ: Mapping[str, str], world_size: int, library: str) -> No
         "Start the script with the mpirun that belongs to that MPI library (python -m hvdkit "
         "doctor names it), or set HVDKIT_ALLOW_SINGLETON=1 to run this process alone."
     )
+
+
+#: In the environment of a rank's children: its process id.
+RANK_PROCESS = "_HVDKIT_RANK_PROCESS"
+
+
+def check_not_a_worker(environ: Mapping[str, str]) -> None:
+    """Refuse to start MPI in a process that a rank has started as its helper.
+
+    Such a one, as of a DataLoader with ``spawn``, has the launcher's variables of its parent, and
+    would be taken for it.
+
+    Raises:
+        LauncherError: a rank is this process's parent, with nothing but Python between them.
+    """
+    rank_process = environ.get(RANK_PROCESS, "")
+    parent = os.getppid()
+    while parent > 1 and str(parent) != rank_process:
+        name, parent = _name_and_parent(parent)
+        if not name.startswith("python"):
+            return
+    if str(parent) == rank_process:
+        raise LauncherError(
+            f"process {os.getpid()} was started by process {rank_process}, which is a rank "
+            "already: a worker process, as of a DataLoader, cannot join the job. Put the "
+            'script\'s main part under if __name__ == "__main__":'
+        )
+
+
+def _name_and_parent(pid: int) -> tuple[str, int]:
+    """Return a process's name and its parent; nothing and 0 if there is no telling."""
+    try:
+        status = dict(
+            line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        )
+        return status["Name"].strip(), int(status["PPid"])
+    except (OSError, KeyError, ValueError):
+        return "", 0

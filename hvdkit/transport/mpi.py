@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import pickle
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -12,11 +15,14 @@ from numpy.typing import NDArray
 from hvdkit.dtypes import ReduceOp, bfloat16
 from hvdkit.errors import UnsupportedError
 from hvdkit.transport.base import Backoff, Bytes, Request, Topology
+from hvdkit.transport.device import DeviceArray, Memory
 
 T = TypeVar("T")
 
 #: The largest count that every MPI library takes.
 LARGEST_COUNT = 2**31 - 1
+
+_MPIX_GPU_SUPPORT_CUDA = 0
 
 _ARITHMETIC = {
     ReduceOp.SUM: MPI.SUM,
@@ -54,6 +60,23 @@ def threads_level() -> str:
     return names[MPI.Query_thread()]
 
 
+def cuda_aware() -> bool:
+    """Return whether the library takes addresses of a GPU's memory, as far as it tells.
+
+    Open MPI and MPICH from 4.0 on have ``MPIX_Query_cuda_support``, MPICH 3.4 and what was made of
+    it the other; neither is in the standard, so mpi4py does not have them.
+    """
+    library = ctypes.CDLL(MPI.__file__)  # in which the symbols of libmpi are found, too
+    query = getattr(library, "MPIX_Query_cuda_support", None)
+    if query is not None:
+        return bool(query())
+    query = getattr(library, "MPIX_GPU_query_support", None)
+    answer = ctypes.c_int(0)
+    if query is not None:
+        query(_MPIX_GPU_SUPPORT_CUDA, ctypes.byref(answer))
+    return bool(answer.value)
+
+
 def world_size() -> int:
     """Return the size of MPI_COMM_WORLD."""
     return MPI.COMM_WORLD.Get_size()
@@ -64,26 +87,48 @@ class MPITransport:
 
     TAG = 0
 
-    def __init__(self, comm: MPI.Comm) -> None:
+    def __init__(self, comm: MPI.Intracomm, spin: int = 0) -> None:
         self.comm = comm
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
-        self.backoff = Backoff(0)
+        self.backoff = Backoff(spin)
 
     @classmethod
     def over(cls, comm: Any) -> MPITransport:
         """Return a transport over a duplicate of `comm` (None: the world).  Collective.
 
+        Args:
+            comm: an intracommunicator, or a list of ranks of the world, this one among them.
+
         Raises:
-            UnsupportedError: `comm` is not an intracommunicator of mpi4py.
+            UnsupportedError: `comm` is neither.
         """
         if comm is None:
             comm = MPI.COMM_WORLD
+        if isinstance(comm, list | tuple | range) and MPI.COMM_WORLD.Get_rank() in comm:
+            return cls(MPI.COMM_WORLD).subset(comm)
         if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
             raise UnsupportedError(
-                f"init(comm=...) takes an mpi4py intracommunicator, not {type(comm).__name__}"
+                "init(comm=...) takes an mpi4py intracommunicator, or a list of ranks with this "
+                f"one in it, not {comm!r}"
             )
         return cls(comm.Dup())
+
+    def duplicate(self) -> MPITransport:
+        """Return a transport among the same ranks, for messages apart from these.  Collective."""
+        return MPITransport(self.comm.Dup(), self.backoff.spin)
+
+    def subset(self, ranks: Sequence[int]) -> MPITransport:
+        """Return a transport among `ranks` of this one, in ascending order.
+
+        Collective among those ranks alone; this rank is one of them.
+        """
+        group = self.comm.Get_group()
+        chosen = group.Incl(sorted(ranks))
+        comm = self.comm.Create_group(chosen, tag=self.TAG)
+        chosen.Free()
+        group.Free()
+        return MPITransport(comm, self.backoff.spin)
 
     def split_by_node(self) -> tuple[MPITransport, Topology]:
         """Return a transport among the ranks of this node, and where this rank is.  Collective."""
@@ -99,7 +144,7 @@ class MPITransport:
             cross_size=cross.Get_size(),
         )
         cross.Free()
-        return MPITransport(local), topology
+        return MPITransport(cast(MPI.Intracomm, local)), topology
 
     def isend(self, data: Bytes, destination: int) -> Request:
         return self.comm.Isend([data, MPI.BYTE], dest=destination, tag=self.TAG)
@@ -107,16 +152,32 @@ class MPITransport:
     def irecv(self, data: Bytes, source: int) -> Request:
         return self.comm.Irecv([data, MPI.BYTE], source=source, tag=self.TAG)
 
+    def incoming(self) -> tuple[int, int] | None:
+        """Return ``(source, bytes)`` of a message that can be received now, or None."""
+        status = MPI.Status()
+        if not self.comm.Iprobe(source=MPI.ANY_SOURCE, tag=self.TAG, status=status):
+            return None
+        return status.Get_source(), status.Get_count(MPI.BYTE)
+
     def allgather_ints(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        # Nonblocking, although a blocking call is quicker: that could not be interrupted.
         gathered = np.empty((self.size, len(values)), np.int64)
-        if self.backoff.spin:  # MPI may keep the core, and is quicker that way
-            self.comm.Allgather(values, gathered)
-        else:
-            self.backoff.wait(self.comm.Iallgather(values, gathered))
+        self.backoff.wait(self.comm.Iallgather(values, gathered))
         return gathered
 
     def allgather_object(self, value: T) -> list[T]:
-        return cast(list[T], self.comm.allgather(value))
+        mine = np.frombuffer(pickle.dumps(value), np.uint8)
+        lengths = self.allgather_ints(np.array([mine.size], np.int64))[:, 0].tolist()
+        everything = np.empty(sum(lengths), np.uint8)
+        self.backoff.wait(self.comm.Iallgatherv([mine, MPI.BYTE], [everything, lengths, MPI.BYTE]))
+        ends = accumulate(lengths)
+        return [
+            pickle.loads(everything[end - length : end].tobytes())
+            for length, end in zip(lengths, ends, strict=True)
+        ]
+
+    def interrupt(self, error: Exception) -> None:
+        self.backoff.stop = error
 
     def broadcast_object(self, value: Any, root: int) -> Any:
         return self.comm.bcast(value, root=root)
@@ -131,20 +192,26 @@ class MPITransport:
         MPI.COMM_WORLD.Abort(code)
 
     def close(self) -> None:
-        """Free the communicator.  Collective; a no-op once MPI is finalised."""
-        if not MPI.Is_finalized() and self.comm != MPI.COMM_NULL:
-            self.comm.Free()
+        """Free the communicator.  Collective; a no-op once MPI is finalised.
+
+        One in which an operation was given up stays: its messages may yet come, and another
+        communicator that had taken its place would take them for its own.
+        """
+        if MPI.Is_finalized() or self.comm == MPI.COMM_NULL or self.backoff.abandoned:
+            return
+        self.comm.Free()
 
     # The library's own collectives, for algorithm="mpi" and as the peer in benchmarks.  They
-    # reduce float16 and bfloat16, of which most libraries know nothing, as float32.
+    # reduce float16 and bfloat16, of which most libraries know nothing, as float32; what is in the
+    # memory of a device, the caller widens.
 
-    def library_allreduce(self, data: NDArray[Any], op: ReduceOp) -> None:
+    def library_allreduce(self, data: Memory, op: ReduceOp) -> None:
         """Reduce 1-D `data` in place with MPI_Allreduce, at most a 32-bit count at a time."""
-        wide = _widen(data)
+        wide = data if isinstance(data, DeviceArray) else _widen(data)
         for start in range(0, wide.size, LARGEST_COUNT):
             piece = wide[start : start + LARGEST_COUNT]
             self.comm.Allreduce(MPI.IN_PLACE, piece, op=_mpi_op(wide, op))
-        if wide is not data:
+        if isinstance(data, np.ndarray) and wide is not data:
             data[:] = wide
 
     def library_reducescatter(
@@ -157,12 +224,12 @@ class MPITransport:
         if result is not out:
             out[:] = result
 
-    def library_broadcast(self, data: Bytes, root: int) -> None:
+    def library_broadcast(self, data: Memory, root: int) -> None:
         """Broadcast bytes with MPI_Bcast, at most a 32-bit count at a time."""
         for start in range(0, data.size, LARGEST_COUNT):
             self.comm.Bcast([data[start : start + LARGEST_COUNT], MPI.BYTE], root=root)
 
-    def library_allgather(self, data: Bytes, out: Bytes, counts: Sequence[int]) -> None:
+    def library_allgather(self, data: Memory, out: Memory, counts: Sequence[int]) -> None:
         """Concatenate bytes in rank order with MPI_Allgatherv."""
         self.comm.Allgatherv([data, MPI.BYTE], [out, list(counts), MPI.BYTE])
 
@@ -184,5 +251,5 @@ def _widen(data: NDArray[Any]) -> NDArray[Any]:
     return data.astype(np.float32) if data.dtype in (np.float16, bfloat16) else data
 
 
-def _mpi_op(data: NDArray[Any], op: ReduceOp) -> MPI.Op:
+def _mpi_op(data: Memory, op: ReduceOp) -> MPI.Op:
     return (_LOGICAL if data.dtype.kind == "b" else _ARITHMETIC)[op]

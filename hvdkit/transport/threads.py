@@ -28,8 +28,7 @@ class _Message:
         self.done = False
 
     def Test(self) -> bool:  # noqa: N802  (the protocol's name)
-        if self.world.failure is not None:
-            raise RuntimeError("another rank failed") from self.world.failure
+        self.world.check()
         return self.done
 
 
@@ -39,6 +38,7 @@ class ThreadWorld:
     def __init__(self, size: int) -> None:
         self.size = size
         self.failure: BaseException | None = None
+        self.interrupted: Exception | None = None
         self.lock = threading.Lock()
         self.barrier = threading.Barrier(size)
         self.board: list[Any] = [None] * size
@@ -76,6 +76,21 @@ class ThreadWorld:
             raise self.failure
         return results
 
+    def check(self) -> None:
+        """Raise the error with which waits were interrupted, or one if a rank has failed."""
+        if self.interrupted is not None:
+            raise self.interrupted
+        if self.failure is not None:
+            raise RuntimeError("another rank failed") from self.failure
+
+    def wait_for_all(self) -> None:
+        """Return when every rank is here."""
+        try:
+            self.barrier.wait()
+        except threading.BrokenBarrierError:
+            self.check()
+            raise
+
     def post(self, data: Bytes, *, pair: tuple[int, int], sending: bool) -> _Message:
         """Post one half of a transfer; whoever comes second copies the bytes."""
         message = _Message(self, data)
@@ -96,6 +111,14 @@ class ThreadWorld:
             source.done = target.done = True
         return message
 
+    def incoming(self, rank: int) -> tuple[int, int] | None:
+        """Return ``(source, bytes)`` of a message that waits for `rank` to receive it, or None."""
+        with self.lock:
+            for (source, destination), waiting in self._sends.items():
+                if destination == rank and waiting:
+                    return source, waiting[0].data.nbytes
+        return None
+
 
 class ThreadTransport:
     """One rank's end of a `ThreadWorld`; fulfils `hvdkit.transport.base.Transport`."""
@@ -111,11 +134,15 @@ class ThreadTransport:
     def irecv(self, data: Bytes, source: int) -> _Message:
         return self.world.post(data, pair=(source, self.rank), sending=False)
 
+    def incoming(self) -> tuple[int, int] | None:
+        """Return ``(source, bytes)`` of a message that can be received now, or None."""
+        return self.world.incoming(self.rank)
+
     def allgather_object(self, value: T) -> list[T]:
         self.world.board[self.rank] = value
-        self.world.barrier.wait()
+        self.world.wait_for_all()
         values = list(self.world.board)
-        self.world.barrier.wait()
+        self.world.wait_for_all()
         return values
 
     def allgather_ints(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -123,3 +150,10 @@ class ThreadTransport:
 
     def broadcast_object(self, value: Any, root: int) -> Any:
         return self.allgather_object(value)[root]
+
+    def close(self) -> None:
+        pass
+
+    def interrupt(self, error: Exception) -> None:
+        self.world.interrupted = error
+        self.world.barrier.abort()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvdkit.dtypes import bfloat16
-from hvdkit.engine.bucketing import ALIGNMENT, Gradient, plan_buckets
+from hvdkit.engine.bucketing import ALIGNMENT, Gradient, plan_buckets, plan_groups
 
 DTYPES = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), bfloat16]
 shapes = st.lists(st.integers(0, 40), max_size=3).map(tuple)
@@ -83,6 +83,47 @@ def test_buckets_stand_in_the_order_in_which_their_last_gradient_is_expected(gra
 @given(models(), limits)
 def test_the_plan_depends_on_nothing_else(gradients, limit):
     assert plan_buckets(gradients, limit) == plan_buckets(list(gradients), limit)
+
+
+@st.composite
+def models_in_an_order(draw):
+    """A model, and some of its gradients in whatever order they came."""
+    gradients = draw(models())
+    order = draw(st.permutations(range(len(gradients))))
+    return gradients, order[: draw(st.integers(0, len(gradients)))]
+
+
+@given(models_in_an_order(), limits)
+def test_an_order_that_was_seen_is_followed(model, limit):
+    gradients, order = model
+    buckets = plan_buckets(gradients, limit, order)
+    for dtype in DTYPES:
+        members = [i for bucket in of_dtype(buckets, dtype) for i in bucket.members]
+        assert members == [i for i in order if gradients[i].dtype == dtype]
+    last = [order.index(bucket.members[-1]) for bucket in buckets]
+    assert last == sorted(last)
+
+
+@given(models_in_an_order(), st.data())
+def test_groups_have_a_bucket_a_dtype_and_every_other_gradient_has_its_own(model, data):
+    gradients, order = model
+    cut = data.draw(st.integers(0, len(gradients)))
+    shuffled = data.draw(st.permutations(range(len(gradients))))
+    groups = [shuffled[:cut][::2], shuffled[:cut][1::2]]
+    buckets = plan_groups(gradients, groups, order)
+    wanted = [
+        {i for i in group if i in order and gradients[i].dtype == dtype}
+        for group in [*groups, *([i] for i in shuffled[cut:])]
+        for dtype in DTYPES
+    ]
+    assert sorted(sorted(bucket.members) for bucket in buckets) == sorted(
+        sorted(members) for members in wanted if members
+    )
+    for bucket in buckets:
+        assert {gradients[i].dtype for i in bucket.members} == {bucket.dtype}
+        assert all(o * bucket.dtype.itemsize % ALIGNMENT == 0 for o in bucket.offsets)
+    last = [max(order.index(i) for i in bucket.members) for bucket in buckets]
+    assert last == sorted(last)
 
 
 def test_an_example():

@@ -1,6 +1,7 @@
 """The environment is read once, and what it says wrongly is said back with the variable's name."""
 
 import dataclasses
+import logging
 import warnings
 from pathlib import Path
 
@@ -120,3 +121,32 @@ def test_an_unknown_name_that_resembles_nothing_is_a_warning_all_the_same():
 def test_it_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         read().spin = 3
+
+
+@pytest.mark.parametrize("prefix", ["HVDKIT_", "HOROVOD_"])
+def test_what_watches_over_stalls(prefix):
+    assert read().stall_check == 60
+    assert read().stall_shutdown == 0
+    assert read(**{f"{prefix}STALL_CHECK_TIME_SECONDS": "2.5"}).stall_check == 2.5
+    assert read(**{f"{prefix}STALL_SHUTDOWN_TIME_SECONDS": "30"}).stall_shutdown == 30
+    assert read(**{f"{prefix}STALL_CHECK_DISABLE": "1"}).stall_check_disable
+    for text in ("soon", "-1", "inf", "nan"):
+        with pytest.raises(ConfigError, match="number of seconds, 0 or more"):
+            read(**{f"{prefix}STALL_CHECK_TIME_SECONDS": text})
+
+
+@pytest.mark.parametrize("prefix", ["HVDKIT_", "HOROVOD_"])
+def test_timeline_and_log_level(prefix):
+    assert read().timeline is None
+    assert read(**{f"{prefix}TIMELINE": "/tmp/x.json"}).timeline == Path("/tmp/x.json")
+    assert read(**{f"{prefix}TIMELINE": "DYNAMIC"}).timeline is None
+    assert read().log_level == logging.WARNING
+    assert read(**{f"{prefix}LOG_LEVEL": "Error"}).log_level == logging.ERROR
+    with pytest.raises(ConfigError, match="LOG_LEVEL='loud': expected one of trace, debug"):
+        read(**{f"{prefix}LOG_LEVEL": "loud"})
+
+
+def test_whether_mpi_is_given_the_memory_of_gpus():
+    assert read().cuda_aware is None
+    assert read(HVDKIT_CUDA_AWARE="1").cuda_aware is True
+    assert read(HVDKIT_CUDA_AWARE="0").cuda_aware is False

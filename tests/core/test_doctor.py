@@ -15,6 +15,7 @@ def library(monkeypatch):
         library_version=lambda: "Example MPI 5.0",
         standard_version=lambda: (4, 1),
         threads_level=lambda: "multiple",
+        cuda_aware=lambda: False,
     )
     monkeypatch.setattr(doctor, "load_mpi", lambda: found)
     return found
@@ -113,6 +114,69 @@ def test_little_shared_memory(report, monkeypatch):
 def test_a_quota_of_cores(report, monkeypatch):
     monkeypatch.setattr(doctor, "cpu_quota", lambda: 1.5)
     assert report()[1]["cores"][1].endswith("limited to 1.5 by the control group")
+
+
+@pytest.fixture
+def gpus(monkeypatch, tmp_path):
+    """Let the driver know of GPUs of these models."""
+    monkeypatch.setattr(doctor, "NVIDIA_GPUS", tmp_path)
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
+    monkeypatch.setattr(doctor, "_version", lambda _: "2.9.0+cu130")
+
+    def plug_in(*models):
+        for number, model in enumerate(models):
+            folder = tmp_path / f"0000:0{number}:00.0"
+            folder.mkdir()
+            (folder / "information").write_text(f"Model: \t\t {model}\nIRQ:   \t\t 42\n")
+
+    return plug_in
+
+
+@pytest.mark.usefixtures("gpus")
+def test_no_gpu(report):
+    _, findings, _ = report()
+    assert findings["GPUs"] == ("ok", "none found (optional)")
+    assert "CUDA-aware MPI" not in findings
+
+
+@pytest.mark.usefixtures("gpus")
+def test_tools_for_a_gpu_without_one(report, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert report()[1]["GPUs"] == ("--", "/usr/bin/nvidia-smi is there, but no driver")
+
+
+def test_gpus_without_a_cuda_aware_mpi(report, gpus):
+    gpus("NVIDIA A100", "NVIDIA H200")
+    status, findings, _ = report()
+    shown = "NVIDIA A100, NVIDIA H200: CUDA tensors are staged through pinned memory"
+    assert findings["GPUs"] == ("ok", shown)
+    assert findings["CUDA-aware MPI"][1].startswith(
+        "no, the library says: algorithm='mpi' is staged"
+    )
+    assert status == 0
+
+
+def test_gpus_with_a_cuda_aware_mpi(report, gpus, library, monkeypatch):
+    gpus("NVIDIA H200")
+    library.cuda_aware = lambda: True
+    assert report()[1]["CUDA-aware MPI"][1].startswith(
+        "yes, the library says: algorithm='mpi' takes"
+    )
+    monkeypatch.setenv("HVDKIT_CUDA_AWARE", "0")
+    assert report()[1]["CUDA-aware MPI"][1].startswith("no, HVDKIT_CUDA_AWARE=0 says")
+    library.cuda_aware = lambda: False
+    monkeypatch.setenv("HVDKIT_CUDA_AWARE", "1")
+    assert report()[1]["CUDA-aware MPI"][1].startswith("yes, HVDKIT_CUDA_AWARE=1 says")
+
+
+def test_a_torch_that_cannot_use_the_gpu(report, gpus, monkeypatch):
+    gpus("NVIDIA H200")
+    monkeypatch.setattr(doctor, "_version", lambda _: "2.9.0+cpu")
+    mark, text = report()[1]["GPUs"]
+    assert (mark, text) == (
+        "--",
+        "NVIDIA H200, which torch 2.9.0+cpu cannot use: install one with CUDA",
+    )
 
 
 def test_frameworks_that_are_not_installed(report, monkeypatch):

@@ -110,6 +110,44 @@ def test_the_failure_of_one_rank_ends_the_others(waiting_for):
     assert sorted(ended) == [0, 2]
 
 
+@pytest.mark.parametrize("waiting_for", ["message", "board"])
+def test_an_interrupted_wait_ends_with_the_error_given(waiting_for):
+    def body(t):
+        if t.rank == 1:
+            time.sleep(0.02)
+            t.interrupt(ConnectionError("given up"))
+            return
+        with pytest.raises(ConnectionError, match="given up"):
+            if waiting_for == "message":
+                Backoff(0).wait(t.irecv(np.zeros(1, np.uint8), 1))
+            else:
+                t.allgather_object(None)
+
+    on_ranks(3, body)
+
+
+def test_messages_whose_coming_nobody_knew_of():
+    def body(t):
+        if t.rank:
+            sending = [t.isend(array(*[t.rank * 10 + i] * (1 + i)), 0) for i in range(2)]
+            t.allgather_object("sent")
+            for request in sending:
+                Backoff(0).wait(request)
+            return None
+        assert t.incoming() is None or t.incoming()[0] in (1, 2)
+        t.allgather_object("sent")
+        found = []
+        while (coming := t.incoming()) is not None:
+            source, nbytes = coming
+            assert t.incoming() == coming, "it stays until it is received"
+            landing = np.zeros(nbytes, np.uint8)
+            assert t.irecv(landing, source).Test()
+            found.append((source, landing.tolist()))
+        return sorted(found)
+
+    assert on_ranks(3, body)[0] == [(1, [10]), (1, [11, 11]), (2, [20]), (2, [21, 21])]
+
+
 def test_a_length_that_does_not_match_is_an_error_with_both():
     def body(t):
         data = np.zeros(3 + t.rank, np.uint8)

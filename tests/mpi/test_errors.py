@@ -118,7 +118,7 @@ def test_models_that_differ():
 
 def test_arguments():
     x = np.zeros(4)
-    with pytest.raises(hvd.ArgumentError, match="Average, Sum, Min, Max, Product"):
+    with pytest.raises(hvd.ArgumentError, match="Average, Sum, Adasum, Min, Max, Product"):
         hvd.allreduce(x, op="median")
     with pytest.raises(hvd.ArgumentError, match=r"unknown allreduce algorithm 'rnig'.*auto.*ring"):
         hvd.allreduce(x, algorithm="rnig")

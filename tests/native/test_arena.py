@@ -149,7 +149,7 @@ def counts_to_try(size: int, itemsize: int) -> list[int]:
 def test_allreduce_of_every_dtype_and_op(size: int, spin: int) -> None:
     def body(rank: int, arena: Any) -> None:
         for dtype in DTYPES:
-            for op in ReduceOp:
+            for op in set(ReduceOp) - {ReduceOp.ADASUM}:  # no element-wise operation
                 if dtype.kind == "c" and op in (ReduceOp.MIN, ReduceOp.MAX):
                     continue
                 for count in (5, 3 * SLOT // dtype.itemsize + 5):

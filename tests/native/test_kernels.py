@@ -86,6 +86,8 @@ def bits(array: np.ndarray, *, any_nan: bool = True) -> np.ndarray:
 
 
 def is_defined(dtype: np.dtype, op: ReduceOp) -> bool:
+    if op is ReduceOp.ADASUM:  # no element-wise operation
+        return False
     return dtype.kind != "c" or op not in (ReduceOp.MIN, ReduceOp.MAX)
 
 

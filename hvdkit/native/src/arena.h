@@ -65,6 +65,7 @@ typedef struct {
     int rank, size;
     size_t slot_bytes;
     uint32_t round; /* the last round begun */
+    uint64_t operations; /* begun so far, refused ones included: equal on ranks in the same one */
     uint32_t spin_iterations;
     int (*interrupted)(void *context); /* polled on slow waits; nonzero gives up */
     void *context;

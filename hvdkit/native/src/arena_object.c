@@ -172,6 +172,7 @@ static PyMemberDef members[] = {
     { "rank", T_INT, offsetof(ArenaObject, arena.rank), READONLY, NULL },
     { "size", T_INT, offsetof(ArenaObject, arena.size), READONLY, NULL },
     { "slot_bytes", T_PYSSIZET, offsetof(ArenaObject, arena.slot_bytes), READONLY, NULL },
+    { "operations", T_ULONGLONG, offsetof(ArenaObject, arena.operations), READONLY, NULL },
     { "spin_iterations", T_UINT, offsetof(ArenaObject, arena.spin_iterations), 0, NULL },
     { NULL, 0, 0, 0, NULL },
 };

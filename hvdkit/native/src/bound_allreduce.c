@@ -4,6 +4,7 @@
 #include "arena_object.h"
 
 #include <structmember.h>
+#include <time.h>
 
 typedef struct {
     PyObject_HEAD
@@ -11,7 +12,15 @@ typedef struct {
     ArenaObject *arena;
     hv_recipe recipe;
     uint64_t signature;
+    unsigned long long calls, nanoseconds; /* of calls that ended well: statistics at no cost */
 } BoundObject;
+
+static uint64_t now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
+}
 
 static PyObject *call(PyObject *callable, PyObject *const *args, size_t nargs, PyObject *keywords)
 {
@@ -22,7 +31,14 @@ static PyObject *call(PyObject *callable, PyObject *const *args, size_t nargs, P
     }
     if (hv_arg_count("bound allreduce", PyVectorcall_NARGS(nargs), 2))
         return NULL;
-    return hv_run_allreduce(self->arena, args[0], args[1], &self->recipe, self->signature);
+    const uint64_t began = now();
+    PyObject *status =
+        hv_run_allreduce(self->arena, args[0], args[1], &self->recipe, self->signature);
+    if (status) {
+        self->calls++;
+        self->nanoseconds += now() - began;
+    }
+    return status;
 }
 
 static void dealloc(BoundObject *self)
@@ -30,6 +46,12 @@ static void dealloc(BoundObject *self)
     Py_DECREF(self->arena);
     Py_TYPE(self)->tp_free((PyObject *)self);
 }
+
+static PyMemberDef members[] = {
+    { "calls", T_ULONGLONG, offsetof(BoundObject, calls), READONLY, "calls that ended well" },
+    { "nanoseconds", T_ULONGLONG, offsetof(BoundObject, nanoseconds), READONLY, "spent in them" },
+    { NULL, 0, 0, 0, NULL },
+};
 
 static PyTypeObject bound_type = {
     PyVarObject_HEAD_INIT(NULL, 0)
@@ -39,6 +61,7 @@ static PyTypeObject bound_type = {
     .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL,
     .tp_vectorcall_offset = offsetof(BoundObject, vectorcall),
     .tp_call = PyVectorcall_Call,
+    .tp_members = members,
     .tp_dealloc = (destructor)dealloc,
 };
 
@@ -56,6 +79,7 @@ PyObject *hv_py_bind_allreduce(ArenaObject *self, PyObject *const *args, Py_ssiz
     bound->arena = (ArenaObject *)Py_NewRef(self);
     bound->recipe = recipe;
     bound->signature = signature;
+    bound->calls = bound->nanoseconds = 0;
     return (PyObject *)bound;
 }
 #endif

@@ -34,6 +34,7 @@ size_t hv_small_limit(const hv_arena *arena)
 
 static int begin_operation(hv_arena *arena, uint64_t signature)
 {
+    arena->operations++;
     const int status = hv_begin(arena);
     if (!status) {
         hv_slot *own = hv_own_slot(arena);

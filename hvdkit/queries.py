@@ -1,0 +1,78 @@
+"""Horovod's questions about the build and the job, answered for hvdkit.
+
+Scripts ask these to choose a path.  hvdkit has one, MPI, with shared memory inside a node, and
+nothing that is compiled in or left out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+from hvdkit import api
+from hvdkit.context import load_mpi
+
+
+def mpi_built() -> bool:
+    """Return whether ranks can speak MPI: whether mpi4py is installed.  Local; starts no MPI."""
+    return importlib.util.find_spec("mpi4py") is not None
+
+
+def mpi_enabled() -> bool:
+    """Return whether this process takes part in a job, which is always one of MPI's.  Local."""
+    return api.is_initialized()
+
+
+def mpi_threads_supported() -> bool:
+    """Return whether several threads may use MPI at once (``MPI_THREAD_MULTIPLE``).  Local.
+
+    Where they may not, asynchronous operations complete before they return.
+
+    Raises:
+        NotInitializedError: ``init()`` was not called.
+    """
+    api.context()
+    return bool(load_mpi().threads_level() == "multiple")
+
+
+def gloo_built() -> bool:
+    """Return False: hvdkit has no Gloo."""
+    return False
+
+
+def gloo_enabled() -> bool:
+    """Return False: hvdkit has no Gloo."""
+    return False
+
+
+def nccl_built() -> int:
+    """Return 0, where Horovod returns NCCL's version: hvdkit has no NCCL."""
+    return 0
+
+
+def ddl_built() -> bool:
+    """Return False: hvdkit has no IBM DDL."""
+    return False
+
+
+def ccl_built() -> bool:
+    """Return False: hvdkit has no oneCCL."""
+    return False
+
+
+def cuda_built() -> bool:
+    """Return False: no kernel of hvdkit runs on a GPU."""
+    return False
+
+
+def rocm_built() -> bool:
+    """Return False: no kernel of hvdkit runs on a GPU."""
+    return False
+
+
+def is_homogeneous() -> bool:
+    """Return whether every node has the same number of ranks.  Local.
+
+    Raises:
+        NotInitializedError: ``init()`` was not called.
+    """
+    return len(set(api.context().local_sizes)) == 1
