@@ -240,7 +240,8 @@ class Group:
         try:
             return operation(*arguments)
         except RuntimeError as exc:
-            raise self.peer_error(exc) from exc
+            error = self.peer_error(exc)
+            raise error from (None if error is self._failure else exc)
 
     def peer_error(self, exc: RuntimeError) -> HorovodInternalError:
         """Return the native arena's error as the one that hvdkit's users know.

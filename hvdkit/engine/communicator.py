@@ -94,7 +94,8 @@ class Communicator:
                 except RuntimeError as exc:
                     if isinstance(exc, HvdkitError):
                         raise
-                    raise self.group.peer_error(exc) from exc
+                    error = self.group.peer_error(exc)
+                    raise error from (None if error is self.group.failure else exc)
                 finally:
                     lane.leave()
         source = contiguous(x)
