@@ -50,8 +50,7 @@ test: $(VENV)/.installed
 
 # On CUDA tensors: 1 and 2 ranks, which may share a GPU.  Without one, every test is skipped.
 test-gpu: $(VENV)/.installed
-	$(MPIRUN) -n 1 $(BIN)/python -m pytest tests/gpu
-	$(MPIRUN) -n 2 $(BIN)/python -m pytest tests/gpu
+	$(foreach n,$(or $(RANKS),1 2),$(MPIRUN) -n $(n) $(BIN)/python -m pytest -rs tests/gpu &&) true
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
