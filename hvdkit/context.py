@@ -69,7 +69,6 @@ class Context:
         if comm is None and not config.allow_singleton:
             check_world(os.environ, mpi.world_size(), mpi.library_version())
         self.config = config
-        self._pid = os.getpid()
         log.setLevel(config.log_level)
         self._transport: MPITransport = mpi.MPITransport.over(comm)
         self._check_same_configuration()
@@ -107,12 +106,7 @@ class Context:
             raise
 
     def close(self) -> None:
-        """Wait for what is in flight and let go of everything.  Collective.
-
-        A process that was forked off has nothing to let go of: all of it is its parent's.
-        """
-        if os.getpid() != self._pid:
-            return
+        """Wait for what is in flight and let go of everything.  Collective."""
         if self.recording.timeline is not None:
             try:
                 self._end_timeline()

@@ -249,10 +249,11 @@ def sparse_allreduce_async(
 
     def total(gathered: Sequence[Result]) -> torch.Tensor:
         everywhere, summands = _several(gathered)
-        if how is Average:
-            summands = summands / among.size
+        # Copies, in memory of torch's own: what is added in place to a sparse tensor resizes it.
+        summands = summands / among.size if how is Average else summands.clone()
+        everywhere = everywhere.transpose(0, 1).clone()
         return torch.sparse_coo_tensor(
-            everywhere.transpose(0, 1), summands, size, device=device, check_invariants=False
+            everywhere, summands, size, device=device, check_invariants=False
         )
 
     handle = _allgather(

@@ -128,7 +128,7 @@ class OneByOne:
     def _hand_back(self, parameter: torch.nn.Parameter, reduced: torch.Tensor) -> None:
         gradient = parameter.grad
         if gradient is None:
-            parameter.grad = reduced
+            parameter.grad = torch.empty_like(parameter).copy_(reduced)
         elif gradient.is_sparse:
             parameter.grad = reduced.to_sparse(gradient.sparse_dim())
         else:

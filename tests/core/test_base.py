@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from hvdkit.errors import StallError
 from hvdkit.transport import base
 from hvdkit.transport.base import Backoff
 
@@ -77,3 +78,27 @@ def test_wait_looks_until_the_request_is_complete(events, looks):
     backoff.wait(request)
     assert request.looks == -1
     assert bool(events) == (looks > 5)
+
+
+@pytest.mark.usefixtures("events")
+def test_a_message_that_is_given_up_keeps_its_memory():
+    """It may yet come, and be written to where nobody looks any more."""
+    backoff, request = Backoff(0), Message(3)
+    backoff.wait(request)
+    assert backoff.abandoned == []
+    backoff.stop = StallError("enough")
+    request = Message(10**9)
+    with pytest.raises(StallError, match="enough"):
+        backoff.wait(request)
+    assert backoff.abandoned == [request]
+
+
+class Message:
+    """A message that has come after some looks."""
+
+    def __init__(self, looks):
+        self.looks = looks
+
+    def Test(self):  # noqa: N802
+        self.looks -= 1
+        return self.looks < 0

@@ -6,9 +6,11 @@ import pytest
 from hvdkit import collectives
 from hvdkit.collectives.alltoall import check_splits
 from hvdkit.collectives.calls import Call
+from hvdkit.collectives.group import Group
 from hvdkit.collectives.reducescatter import rows_per_rank
 from hvdkit.dtypes import ReduceOp
-from hvdkit.errors import ArgumentError, MismatchError, UnsupportedError
+from hvdkit.errors import ArgumentError, MismatchError, StallError, UnsupportedError
+from hvdkit.native import NumpyKernels
 from hvdkit.schedules.registry import ALGORITHMS
 
 from .worlds import in_group, outcomes
@@ -386,3 +388,28 @@ def test_splits_that_fit():
     assert check_splits((6, 2), None, 3) == [2, 2, 2]
     assert check_splits((6,), np.array([1, 0, 5]), 3) == [1, 0, 5]
     assert check_splits((0,), None, 3) == [0, 0, 0]
+
+
+class Closing:
+    """A transport of one rank that notes whether it was closed."""
+
+    rank, size, closed = 0, 1, False
+
+    def close(self):
+        self.closed = True
+
+    def interrupt(self, error):
+        pass
+
+
+@pytest.mark.parametrize("how", ["at rest", "not in step", "failed", "given up"])
+def test_a_transport_on_which_messages_may_yet_come_stays(how):
+    """Whoever communicates in its place next would take them for its own."""
+    transport = Closing()
+    group = Group(transport, NumpyKernels(), "none", segment_bytes=64, spin=0)
+    if how == "failed":
+        group.abort(StallError("too late"))
+    if how == "given up":
+        group.executor.backoff.abandoned.append("a message")
+    group.close(in_step=how != "not in step")
+    assert transport.closed == (how == "at rest")

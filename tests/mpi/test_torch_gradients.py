@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import threading
 import time
 
 import pytest
@@ -128,6 +129,24 @@ def test_sparse_on_some_ranks(how, sparse_as_dense, who):
         return [lambda model, step=step: loss(model, step) for step in range(3)]
 
     compare(Words, losses_of, {"sparse_as_dense": sparse_as_dense, **how})
+
+
+@hows
+@pytest.mark.parametrize("op", [hvd.Average, hvd.Sum], ids=str)
+def test_sparse_gradients_that_are_set_to_zero(how, op):
+    """Found here: their memory was not torch's, which resizes it to add the next ones in place."""
+    model, reference = Words(), Words()
+    ours = hvd.DistributedOptimizer(sgd(model.parameters()), op=op, **how)
+    theirs = sgd(reference.parameters())
+    for step in range(3):
+        ours.zero_grad(set_to_none=False)
+        theirs.zero_grad(set_to_none=False)
+        model.loss([RANK, step, 5]).backward()
+        total = sum(reference.loss([rank, step, 5]) for rank in range(SIZE))
+        (total / (SIZE if op == hvd.Average else 1)).backward()
+        ours.step()
+        theirs.step()
+    assert_same(model, reference)
 
 
 @hows
@@ -580,6 +599,21 @@ def test_an_optimizer_that_is_gone_leaves_no_hooks(how):
     train(model, hvd.DistributedOptimizer(sgd(model.parameters()), **how), range(3), mine)
     train(reference, sgd(reference.parameters()), range(3), whole)
     assert_same(model, reference)
+
+
+def test_optimizers_that_are_gone_leave_no_threads():
+    """Found here: of a thousand, one after the other, each left a thread and shared memory."""
+    kept = []
+    for _ in range(12):
+        weight = torch.nn.Parameter(torch.zeros(3))
+        optimizer = hvd.DistributedOptimizer(torch.optim.SGD([weight], lr=1.0))
+        (weight * RANK).sum().backward()
+        optimizer.step()
+        kept.append(weight.grad)
+        del optimizer
+    threads = [t for t in threading.enumerate() if t.name.startswith("hvdkit-gradients")]
+    assert len(threads) < 8  # some: the watch for deadlocks may keep one for a moment
+    assert all(torch.equal(gradient, torch.full((3,), (SIZE - 1) / 2)) for gradient in kept)
 
 
 @hows

@@ -35,6 +35,7 @@
  * A time limit on the sleep is there for what posts nothing: death, abort and signals.
  */
 #if defined(__linux__)
+#define _GNU_SOURCE /* for CPU_SET and the like */
 #include "arena.h"
 
 #include <errno.h>
@@ -48,6 +49,8 @@
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
+
+#define SECONDS_BETWEEN_STEPS 2e-3
 
 enum { YIELDS = 4, SLEEP_NANOSECONDS = 50000000 };
 
@@ -218,9 +221,51 @@ static int give_up_on(hv_arena *arena, int rank, uint32_t round, enum hv_reason 
     return HV_ABORTED;
 }
 
+static double seconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* Go to a core on which no peer was seen last, and stay there or not as the scheduler likes. */
+static void leave_core(const hv_arena *arena)
+{
+    cpu_set_t allowed, others;
+    if (sched_getaffinity(0, sizeof allowed, &allowed))
+        return;
+    others = allowed;
+    for (int rank = 0; rank < arena->size; rank++) {
+        const int core = atomic_load(&arena->controls[rank].core) - 1;
+        if (core >= 0 && core < CPU_SETSIZE)
+            CPU_CLR(core, &others);
+    }
+    if (CPU_COUNT(&others) && !sched_setaffinity(0, sizeof others, &others))
+        sched_setaffinity(0, sizeof allowed, &allowed);
+}
+
+/* Two ranks that wait for each other in turn look like one busy thread to the scheduler, which may
+ * keep them on one core for ever, while another idles: each spins away the time that the other
+ * needs.  Measured: 65 us for what takes 5 us on two cores.  So where there are cores for all, the
+ * higher rank steps aside, now and then. */
+static void step_aside(hv_arena *arena, const hv_control *peer, int rank)
+{
+    hv_control *own = &arena->controls[arena->rank];
+    const int core = sched_getcpu() + 1;
+    atomic_store(&own->core, core);
+    if (!arena->spin_iterations || arena->rank < rank || atomic_load(&peer->core) != core)
+        return;
+    const double now = seconds();
+    if (now - arena->stepped_aside < SECONDS_BETWEEN_STEPS)
+        return;
+    arena->stepped_aside = now;
+    leave_core(arena);
+}
+
 static int wait_slowly(hv_arena *arena, int rank, uint32_t round)
 {
     hv_control *peer = &arena->controls[rank];
+    step_aside(arena, peer, rank);
     for (int i = 0; i < YIELDS; i++) {
         sched_yield();
         if (has_posted(peer, round))

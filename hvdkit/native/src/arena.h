@@ -28,6 +28,7 @@ typedef struct {
     _Atomic uint32_t waiters; /* ranks that sleep, or are about to, until `posted` changes */
     _Atomic uint32_t closed;
     _Atomic int32_t pid; /* 0 until the rank has attached itself */
+    _Atomic int32_t core; /* 1 + the one on which it last waited long; 0: none yet */
     uint64_t start_time; /* of the process, against reuse of its pid; 0 if unknown */
     uint64_t pid_namespace;
 } __attribute__((aligned(HV_LINE))) hv_control;
@@ -67,6 +68,7 @@ typedef struct {
     uint32_t round; /* the last round begun */
     uint64_t operations; /* begun so far, refused ones included: equal on ranks in the same one */
     uint32_t spin_iterations;
+    double stepped_aside; /* when this rank last left a core to a peer, in seconds */
     int (*interrupted)(void *context); /* polled on slow waits; nonzero gives up */
     void *context;
     _Atomic uint32_t *abort_word; /* shared: 0, or hv_reason << 16 | rank */
