@@ -44,7 +44,9 @@ def array_of(tensor: Any, *, in_place: bool = False) -> NDArray[Any]:
             does not know.
     """
     check_tensor(tensor, in_place=in_place)
-    plain: torch.Tensor = tensor.detach().resolve_conj().resolve_neg()
+    plain: torch.Tensor = tensor.detach() if tensor.requires_grad else tensor
+    if plain.is_conj() or plain.is_neg():
+        plain = plain.resolve_conj().resolve_neg()
     if plain.dtype == torch.bfloat16:
         return plain.view(torch.int16).numpy().view(bfloat16)
     try:

@@ -642,3 +642,42 @@ def test_the_round_counter_wraps_around() -> None:
 
     run(size, body, memory=memory)
     assert int.from_bytes(memory[128:132], sys.byteorder) < 2**31
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_several_allreduces_in_one_call(size: int) -> None:
+    counts = (3, 0, 5 * SLOT // 4 + 1, 17)
+
+    def body(rank: int, arena: Any) -> None:
+        inputs = [[data_of(np.dtype(np.float32), n, r + n) for n in counts] for r in range(size)]
+        code = DTYPE_CODES[np.dtype(np.float32)]
+        recipe = (code, SUM, 1.0, 1, 1.0, 11)
+        outs = [np.zeros(n, np.float32) for n in counts]
+        assert arena.allreduce_many(tuple(inputs[rank]), tuple(outs), *recipe) == 0
+        for number, out in enumerate(outs):
+            same_bits(out, reduced([theirs[number] for theirs in inputs], ReduceOp.SUM))
+        in_place = tuple(array.copy() for array in inputs[rank])
+        assert arena.allreduce_many(in_place, in_place, *recipe) == 0
+        for out, array in zip(outs, in_place, strict=True):
+            same_bits(array, out)
+        assert arena.allreduce_many((), (), *recipe) == 0
+        signature = 11 + (size > 1 and rank == 0)
+        status = arena.allreduce_many(in_place, in_place, *recipe[:-1], signature)
+        assert status == (size > 1), "signatures are compared"
+
+    run(size, body)
+
+
+def test_several_allreduces_refuse_what_does_not_fit() -> None:
+    def body(_: int, arena: Any) -> None:
+        x, y = np.zeros(4, np.float32), np.zeros(5, np.float32)
+        recipe = (DTYPE_CODES[x.dtype], SUM, 1.0, 1, 1.0, 11)
+        with pytest.raises(TypeError, match="tuples of one length"):
+            arena.allreduce_many((x,), (x, x), *recipe)
+        with pytest.raises(ValueError, match="src 1 has 16 bytes, dst 20"):
+            arena.allreduce_many((x, x), (x, y), *recipe)
+        with pytest.raises(TypeError):
+            arena.allreduce_many((x, "no buffer"), (x, y), *recipe)
+        assert arena.allreduce_many((x,), (x,), *recipe) == 0
+
+    run(1, body)

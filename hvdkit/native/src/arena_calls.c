@@ -227,6 +227,82 @@ PyObject *hv_py_allreduce(ArenaObject *self, PyObject *const *args, Py_ssize_t n
     return hv_run_allreduce(self, args[0], args[1], &recipe, signature);
 }
 
+/* The buffers of `objects`, a tuple of arrays; NULL, with nothing held, if one has none. */
+static Py_buffer *get_all(PyObject *objects, int writable)
+{
+    const Py_ssize_t count = PyTuple_GET_SIZE(objects);
+    Py_buffer *buffers = PyMem_Malloc((size_t)(count ? count : 1) * sizeof *buffers);
+    if (!buffers) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    for (Py_ssize_t i = 0; i < count; i++)
+        if (hv_arg_buffer(PyTuple_GET_ITEM(objects, i), &buffers[i], writable)) {
+            while (i--)
+                PyBuffer_Release(&buffers[i]);
+            PyMem_Free(buffers);
+            return NULL;
+        }
+    return buffers;
+}
+
+static void release_all(Py_buffer *buffers, Py_ssize_t count)
+{
+    for (Py_ssize_t i = 0; buffers && i < count; i++)
+        PyBuffer_Release(&buffers[i]);
+    PyMem_Free(buffers);
+}
+
+/* Check each pair as for a single all-reduce; the elements of each, or NULL. */
+static size_t *check_all(const Py_buffer *src, const Py_buffer *dst, Py_ssize_t count,
+                         enum hv_dtype dtype)
+{
+    size_t *elements = PyMem_Malloc((size_t)(count ? count : 1) * sizeof *elements);
+    if (!elements)
+        PyErr_NoMemory();
+    for (Py_ssize_t i = 0; elements && i < count; i++) {
+        if (src[i].len == dst[i].len && !hv_arg_elements(dst[i].len, dtype, &elements[i]) &&
+            !refuse_overlap(&src[i], &dst[i], src[i].buf == dst[i].buf))
+            continue;
+        if (!PyErr_Occurred())
+            PyErr_Format(PyExc_ValueError, "src %zd has %zd bytes, dst %zd", i, src[i].len,
+                         dst[i].len);
+        PyMem_Free(elements);
+        return NULL;
+    }
+    return elements;
+}
+
+PyObject *hv_py_allreduce_many(ArenaObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    hv_recipe recipe;
+    uint64_t signature;
+    int status = HV_INTERRUPTED;
+    if (hv_arg_count("allreduce_many", nargs, 8) || hv_check_usable(self) ||
+        hv_arg_recipe(args + 2, &recipe) || hv_arg_u64(args[7], &signature))
+        return NULL;
+    if (!PyTuple_Check(args[0]) || !PyTuple_Check(args[1]) ||
+        PyTuple_GET_SIZE(args[0]) != PyTuple_GET_SIZE(args[1])) {
+        PyErr_SetString(PyExc_TypeError, "sources and targets must be tuples of one length");
+        return NULL;
+    }
+    const Py_ssize_t count = PyTuple_GET_SIZE(args[0]);
+    Py_buffer *src = get_all(args[0], 0), *dst = src ? get_all(args[1], 1) : NULL;
+    size_t *elements = dst ? check_all(src, dst, count, recipe.dtype) : NULL;
+    if (elements) {
+        enter(self);
+        status = HV_OK;
+        for (Py_ssize_t i = 0; status == HV_OK && i < count; i++)
+            status = hv_allreduce(&self->arena, src[i].buf, dst[i].buf, elements[i], &recipe,
+                                  signature + (uint64_t)i);
+        leave(self);
+    }
+    PyMem_Free(elements);
+    release_all(dst, count);
+    release_all(src, count);
+    return as_result(self, status);
+}
+
 PyObject *hv_py_reducescatter(ArenaObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     hv_recipe recipe;
