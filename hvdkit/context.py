@@ -57,7 +57,7 @@ class Context:
         process_sets: to be known from the start.
 
     Raises:
-        LauncherError: MPI is missing, or is not the MPI of the launcher.
+        LauncherError: MPI is missing, or is not the MPI of the launcher, or has no threads.
         MismatchError: the ranks have different configurations.
         UnsupportedError: `comm` is not an intracommunicator.
     """
@@ -80,6 +80,7 @@ class Context:
         self._spin = config.spin if have_own_cores(self._local) else 0
         self._local.backoff.spin = self._spin
         self._threaded = mpi.threads_level() == "multiple"
+        self._check_threads(mpi.threads_level())
         self.kernels = native.load(enabled=config.native)
         self.recording = Recording()
         self._channels: list[Channel] = []
@@ -374,6 +375,15 @@ class Context:
             watch=self._watch,
             recording=self.recording,
         )
+
+    def _check_threads(self, level: str) -> None:
+        """Refuse an MPI that must not be used from hvdkit's threads, where these would use it."""
+        beyond_memory = self.topology.local_size < self.topology.size or not self.config.shm
+        if not self._threaded and self.topology.size > 1 and beyond_memory:
+            raise LauncherError(
+                f"MPI was started with thread support {level!r}, and hvdkit's threads are to send "
+                'messages here: start it with "multiple", which is what mpi4py asks for if nobody else does'
+            )
 
     def _check_same_configuration(self) -> None:
         mine = {name: str(value) for name, value in asdict(self.config).items()}

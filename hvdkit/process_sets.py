@@ -19,7 +19,7 @@ class ProcessSet:
         ranks: of all ranks, those in the set, in any order.
 
     Raises:
-        ArgumentError: no ranks, a rank twice, or what is not a rank.
+        ArgumentError: a rank twice, or what is not a rank.
     """
 
     def __init__(self, ranks: Iterable[int]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from itertools import count
 from typing import Any, TypeVar
 
 import numpy as np
@@ -58,7 +60,7 @@ class Communicator:
         self.size = self.group.size
         self._progress = progress
         self._short: dict[Hashable, Any] = {}  # to plans that have `bound`
-        self._nameless: Counter[str] = Counter()
+        self._nameless: defaultdict[str, count[int]] = defaultdict(partial(count, 1))
 
     # Synchronous: matched by order
 
@@ -317,8 +319,7 @@ class Communicator:
     def _name(self, kind: str, name: str | None) -> str:
         if name is not None:
             return str(name)
-        self._nameless[kind] += 1
-        return f"{kind}.noname.{self._nameless[kind]}"
+        return f"{kind}.noname.{next(self._nameless[kind])}"
 
 
 def _empty(group: Group, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -242,3 +242,17 @@ def test_results_are_the_same_without_the_native_module():
     hashes = {h for outcome in outcomes for h in re.findall(r"\[\w+\]", outcome.stdout)}
     assert [outcome.status for outcome in outcomes] == [0, 0], outcomes
     assert len(hashes) == 1
+
+
+def test_an_mpi_without_threads_is_refused_where_threads_would_use_it():
+    script = """
+        import mpi4py
+        mpi4py.rc.thread_level = "serialized"
+        import hvdkit as hvd
+        try:
+            hvd.init()
+        except hvd.LauncherError as exc:
+            print(exc)
+    """
+    outcome = run(script, 2, environment={"HVDKIT_SHM": "0"})
+    assert outcome.stdout.count("thread support 'serialized'") == 2, outcome.stderr
