@@ -382,7 +382,7 @@ class Context:
         if not self._threaded and self.topology.size > 1 and beyond_memory:
             raise LauncherError(
                 f"MPI was started with thread support {level!r}, and hvdkit's threads are to send "
-                'messages here: start it with "multiple", which is what mpi4py asks for if nobody else does'
+                'messages here: start it with "multiple", as mpi4py does if nobody else has'
             )
 
     def _check_same_configuration(self) -> None:
