@@ -28,7 +28,7 @@ from hvdkit.engine.bucketing import Bucket, Gradient, plan_buckets, plan_groups
 from hvdkit.engine.channel import Channel
 from hvdkit.engine.compression import BucketCodec, Compressor, NoCompression
 from hvdkit.engine.handles import Handle
-from hvdkit.errors import HvdkitError
+from hvdkit.errors import HvdkitError, UnsupportedError
 
 
 class Staging(Protocol):
@@ -126,9 +126,19 @@ class GradientReducer:
 
         Returns:
             Those of all ranks, which have no view from now on.  If any view has changed, all have.
+
+        Raises:
+            UnsupportedError: a rank has joined in its first step, and there are some `apart`.
         """
+        try:
+            everywhere = self.channel.lane.call(self._replan, sorted(apart))
+        except UnsupportedError:
+            if apart:
+                raise
+            self._arrived.clear()
+            return []  # one that has joined knows nothing of plans: again after the next step
         self.settled = True
-        return self.channel.lane.call(self._replan, sorted(apart))
+        return everywhere
 
     def _replan(self, apart: Sequence[int]) -> list[int]:
         group = self.channel.group

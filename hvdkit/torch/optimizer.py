@@ -47,7 +47,9 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
 
     Gradients travel in buckets, while backward still runs: each bucket as soon as its last gradient
     is there.  ``step()`` waits for them.  A parameter that got no gradient on a rank counts as
-    zeros there.  Parameters that are added or unfrozen later are averaged as well.
+    zeros there.  Parameters that are added or unfrozen later are averaged as well.  A gradient that
+    comes again before ``step()`` is averaged again, for the sum of both averages.  Of several
+    distributed optimizers over a parameter, the newest averages its gradients.
 
     Args:
         optimizer: over the same parameters, in the same order, on every rank.
@@ -59,7 +61,8 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
             of it, after.
         num_groups: deprecated, as `groups`.
         groups: gradients to reduce together: so many groups, or lists of parameters.
-        sparse_as_dense: whether sparse gradients travel as dense ones.
+        sparse_as_dense: whether sparse gradients travel as dense ones; those that no rank has in
+            the first step do in any case.
         process_set: whose ranks take part; the others' optimizers step by themselves.
         gradient_as_bucket_view: whether ``p.grad`` is a view of its bucket; else it is copied.
         bucket_bytes: the most that travels together; None: ``HVDKIT_FUSION_THRESHOLD``, 25 MiB.

@@ -571,19 +571,22 @@ def test_models_that_differ():
     assert_identical([weight])
 
 
-def test_ranks_that_run_out_of_data():
-    """Rank r has r + 1 batches, then joins; the others' averages count its gradients as zeros."""
-    model, ours, reference, theirs = pair(lambda parameters: torch.optim.SGD(parameters, lr=0.1))
-    for step in range(RANK + 1):
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("how", [{}, {"compression": Halved}, {"bucket_bytes": 1}], ids=str)
+def test_ranks_that_run_out_of_data(first, how):
+    """Rank r has r batches or one more, then joins; the others count its gradients as zeros."""
+    model, ours, reference, theirs = pair(**how)
+    for step in range(RANK + first):
         ours.zero_grad()
         loss_of(model, mine(batch_of(step))).backward()
         ours.step()
     last = hvd.join()
     assert last == SIZE - 1
     hvd.broadcast_parameters(model.state_dict(), root_rank=last)
-    for step in range(SIZE):
+    for step in range(SIZE - 1 + first):
         theirs.zero_grad()
-        total = sum(loss_of(reference, mine(batch_of(step), rank)) for rank in range(step, SIZE))
+        there = range(step + 1 - first, SIZE)
+        total = sum(loss_of(reference, mine(batch_of(step), rank)) for rank in there)
         (total / SIZE).backward()
         theirs.step()
     assert_same(model, reference)
