@@ -8,7 +8,7 @@ RANK, SIZE = hvd.rank(), hvd.size()
 
 
 def test_ranks_that_join_before_their_first_step_plan_with_the_others_later():
-    """A plan that the others settled alone would leave them waiting for this rank, or it for them."""
+    """A plan that the others settled alone would leave this rank waiting for them."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
     optimizer = hvd.DistributedOptimizer(
