@@ -1,8 +1,7 @@
-"""Several all-reduces at once.
+"""Several all-reduces in one message: small arrays are packed, large ones go by themselves.
 
-In shared memory the native module takes them one after the other, without coming back to Python in
-between.  Over messages, each of which costs a constant time, small arrays are packed in one, and
-large ones go by themselves: packing costs two passes over the data.
+Packing costs two passes over the data, a message of its own costs a constant time.  In shared
+memory the constant is so small that only small arrays gain; between nodes it is larger.
 """
 
 from __future__ import annotations
@@ -16,15 +15,14 @@ from numpy.typing import NDArray
 
 from hvdkit.collectives.adasum import adasum
 from hvdkit.collectives.allreduce import allreduce
-from hvdkit.collectives.calls import Call
 from hvdkit.collectives.group import Group
-from hvdkit.collectives.reduction import Reduction, plan_reduction
 from hvdkit.config import KIB
-from hvdkit.dtypes import ReduceOp, exported
+from hvdkit.dtypes import ReduceOp
 from hvdkit.engine.bucketing import ALIGNMENT
 
-#: Up to this many bytes an array is packed with others.
-LARGEST_PACKED = 1024 * KIB
+#: Up to this many bytes an array is packed with others: in shared memory, and over messages.
+PACKED_IN_ARENA = 256 * KIB
+PACKED_OVER_MESSAGES = 1024 * KIB
 
 Pair = tuple[NDArray[Any], NDArray[Any]]
 
@@ -35,6 +33,7 @@ class Packer:
     def __init__(self, group: Group) -> None:
         self.group = group
         self._buffers: dict[np.dtype[Any], NDArray[Any]] = {}
+        self._limit = PACKED_OVER_MESSAGES if group.arena is None else PACKED_IN_ARENA
 
     def allreduce(self, pairs: Sequence[Pair], **how: Any) -> None:
         """Reduce each pair's source into its target; blocking.  Collective.
@@ -49,13 +48,9 @@ class Packer:
             factors = {"prescale": how["prescale"], "postscale": how["postscale"]}
             adasum(self.group, [target for _, target in pairs], name=None, **factors)
             return
-        if self.group.arena is not None:
-            for dtype in dict.fromkeys(source.dtype for source, _ in pairs):
-                self._in_arena([pair for pair in pairs if pair[0].dtype == dtype], **how)
-            return
         packed: dict[np.dtype[Any], list[Pair]] = {}
         for source, target in pairs:
-            if source.nbytes <= LARGEST_PACKED:
+            if source.nbytes <= self._limit:
                 packed.setdefault(source.dtype, []).append((source, target))
             else:
                 allreduce(self.group, source, target, name=None, **how)
@@ -64,27 +59,6 @@ class Packer:
                 allreduce(self.group, *several[0], name=None, **how)
             else:
                 self._allreduce_packed(dtype, several, **how)
-
-    def _in_arena(self, pairs: Sequence[Pair], **how: Any) -> None:
-        """Reduce arrays of one dtype in shared memory."""
-        group = self.group
-        assert group.arena is not None
-        sizes = tuple([source.size for source, _ in pairs])
-        key = ("several", pairs[0][0].dtype, sizes, *how.values())
-        found: tuple[Call, Reduction] | None = group.recall(key)
-        if found is None:
-            plan = plan_reduction(group, "allreduce", pairs[0][0].reshape(-1), name=None, **how)
-            parts = (*plan.call.parts, ("sizes", str(sizes)))
-            found = Call("allreduce", f"{len(pairs)} together", parts), plan
-            group.keep(key, found)
-        call, plan = found
-        began = group.begin(call)
-        sources = tuple([exported(source) for source, _ in pairs])
-        targets = tuple([exported(target) for _, target in pairs])
-        many = group.arena.native.allreduce_many
-        while group.arena_call(many, sources, targets, *plan.native[:-1], call.signature):
-            group.settle(call)
-        group.record(call, "shm", sum(sizes) * pairs[0][0].itemsize, began)
 
     def _allreduce_packed(self, dtype: np.dtype[Any], pairs: Sequence[Pair], **how: Any) -> None:
         step = ALIGNMENT // dtype.itemsize

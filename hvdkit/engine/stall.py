@@ -300,15 +300,18 @@ class Watch:
         Those are all but daemons; and daemons that have been seen in hvdkit.
         """
         frames = sys._current_frames()
-        for thread in threading.enumerate():
-            frame = frames.get(thread.ident or 0)
-            if frame is None or thread.name.startswith("hvdkit-"):
-                continue
-            if waits_for_others(frame):
-                self._callers.add(thread.ident or 0)
-            elif not thread.daemon or thread.ident in self._callers:
-                return False
-        return True
+        try:
+            for thread in threading.enumerate():
+                frame = frames.get(thread.ident or 0)
+                if frame is None or thread.name.startswith("hvdkit-"):
+                    continue
+                if waits_for_others(frame):
+                    self._callers.add(thread.ident or 0)
+                elif not thread.daemon or thread.ident in self._callers:
+                    return False
+            return True
+        finally:  # this function's own frame is among them, in a circle that would keep users' data
+            frames.clear()
 
 
 def waits_for_others(frame: FrameType) -> bool:

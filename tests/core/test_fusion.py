@@ -45,7 +45,7 @@ def pairs_of(rank, dtypes, shapes=SHAPES, *, in_place=False, start=1):
 @pytest.mark.parametrize("limit", [0, 64, 1 << 20])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_the_results_are_those_of_each_array_by_itself(size, limit, in_place, monkeypatch):
-    monkeypatch.setattr(fusion, "LARGEST_PACKED", limit)
+    monkeypatch.setattr(fusion, "PACKED_OVER_MESSAGES", limit)
 
     def body(group):
         packer = Packer(group)
@@ -88,7 +88,7 @@ def test_sources_stay_as_they_are():
 
 def test_small_arrays_are_packed_by_dtype_and_large_ones_go_alone(monkeypatch):
     counting = Counting(monkeypatch)
-    monkeypatch.setattr(fusion, "LARGEST_PACKED", 80)
+    monkeypatch.setattr(fusion, "PACKED_OVER_MESSAGES", 80)
 
     def body(group):
         shapes = [("f4", 20), ("f8", 2), ("f4", 21), ("f4", 1), ("f8", 11), ("f4", 3), ("i4", 4)]

@@ -153,8 +153,6 @@ static PyMethodDef methods[] = {
     { "exchange", FAST(hv_py_exchange), "exchange(payload, signature)" },
     { "allreduce", FAST(hv_py_allreduce),
       "allreduce(src, dst, dtype, op, prescale, divisor, postscale, signature)" },
-    { "allreduce_many", FAST(hv_py_allreduce_many),
-      "allreduce_many(srcs, dsts, dtype, op, prescale, divisor, postscale, signature)" },
     { "bind_allreduce", FAST(hv_py_bind_allreduce),
       "bind_allreduce(dtype, op, prescale, divisor, postscale, signature): callable (src, dst)" },
     { "reducescatter", FAST(hv_py_reducescatter),

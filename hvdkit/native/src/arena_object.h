@@ -34,7 +34,6 @@ PyObject *hv_py_bind_allreduce(ArenaObject *self, PyObject *const *args, Py_ssiz
 PyObject *hv_py_barrier(ArenaObject *self, PyObject *const *args, Py_ssize_t nargs);
 PyObject *hv_py_exchange(ArenaObject *self, PyObject *const *args, Py_ssize_t nargs);
 PyObject *hv_py_allreduce(ArenaObject *self, PyObject *const *args, Py_ssize_t nargs);
-PyObject *hv_py_allreduce_many(ArenaObject *self, PyObject *const *args, Py_ssize_t nargs);
 PyObject *hv_py_reducescatter(ArenaObject *self, PyObject *const *args, Py_ssize_t nargs);
 PyObject *hv_py_broadcast(ArenaObject *self, PyObject *const *args, Py_ssize_t nargs);
 PyObject *hv_py_allgather(ArenaObject *self, PyObject *const *args, Py_ssize_t nargs);
