@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("hvdkit")
 
 #: How often a rank looks before it sleeps, on a thread beside those that compute.
-SPIN_BESIDE = 200
+SPIN_BESIDE = 1000
 
 
 class Context:

@@ -57,7 +57,7 @@ SECONDS_TO_LEAVE = 10.0
 SECONDS_FOR_FAREWELLS = 0.5
 
 #: Seconds that a burst of submissions is given: after the last one, and in all.
-LINGER = 100e-6
+LINGER = 300e-6
 LONGEST_LINGER = 1e-3
 
 #: Seconds between looks of a rank that leaves whether its channels have come to rest.
@@ -406,7 +406,9 @@ class Progress:
                 operation.handle.fail(exc)
             return
         self._running = None
-        for operation, result in zip(mine, results, strict=True):
+        # The last one first: who waits for the first then finds all of them complete, and does not
+        # take the interpreter from this thread for each.
+        for operation, result in reversed(list(zip(mine, results, strict=True))):
             operation.handle.complete(result)
 
     def _without(self, rank: int) -> None:
