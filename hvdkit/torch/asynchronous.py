@@ -205,6 +205,14 @@ def _allreduce(
     def store(_: Any) -> list[Result]:
         return [Result(*found) for found in zip(targets, devices, into, strict=True)]
 
+    def in_place(_: Any) -> Any:
+        assert outputs is not None
+        return list(outputs) if grouped else outputs[0]
+
+    # Nothing is to be stored where the core works on the tensors' own memory.
+    direct = outputs is not None and all(
+        tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in outputs
+    )
     handle = communicator(process_set).allreduce_async(
         [(source.array, target) for source, target in zip(sources, targets, strict=True)],
         name=name,
@@ -212,8 +220,10 @@ def _allreduce(
         prescale_factor=factors[0],
         postscale_factor=factors[1],
         fetch=partial(_fetch, sources) if any(d.type != "cpu" for d in devices) else None,
-        store=store,
+        store=None if direct else store,
     )
+    if direct:
+        return TensorHandle(handle, in_place)
     return TensorHandle(handle, _several if grouped else _one)
 
 
