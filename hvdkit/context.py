@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -21,17 +19,15 @@ from hvdkit.collectives.joining import serve_joined
 from hvdkit.config import Config
 from hvdkit.engine.agreement import agree_on_gradients
 from hvdkit.engine.bucketing import Gradient
-from hvdkit.engine.channel import Channel
+from hvdkit.engine.channels import Channels
 from hvdkit.engine.communicator import Communicator
-from hvdkit.engine.lane import Lane
+from hvdkit.engine.grouping import GroupMaker
 from hvdkit.engine.progress import Progress
 from hvdkit.engine.recording import Recording
 from hvdkit.engine.reducer import GradientReducer
 from hvdkit.engine.stall import Watch
-from hvdkit.engine.timeline import Timeline, measure_offset, merge, remove_parts
 from hvdkit.errors import ArgumentError, HvdkitError, LauncherError, format_ranks
 from hvdkit.process_sets import ProcessSet, global_process_set
-from hvdkit.transport.arena import Arena
 from hvdkit.transport.base import Topology
 from hvdkit.transport.cores import have_own_cores
 from hvdkit.transport.launcher import RANK_PROCESS, check_not_a_worker, check_world
@@ -43,9 +39,6 @@ if TYPE_CHECKING:
     from hvdkit.transport.mpi import MPITransport
 
 log = logging.getLogger("hvdkit")
-
-#: How often a rank looks before it sleeps, on a thread beside those that compute.
-SPIN_BESIDE = 1000
 
 
 class Context:
@@ -83,20 +76,18 @@ class Context:
         self._check_threads(mpi.threads_level())
         self.kernels = native.load(enabled=config.native)
         self.recording = Recording()
-        self._channels: list[Channel] = []
+        self._groups = GroupMaker(config, self.kernels, self.recording, spin=self._spin)
+        self.channels = Channels(self._transport, self._groups, threaded=self._threaded)
         self._members: dict[int, tuple[int, ...]] = {0: tuple(range(self.topology.size))}
         self._named: dict[int, Group] = {}
         self._sets: dict[int, ProcessSet] = {0: global_process_set}
         self._next_set = 1
-        self._counts: Counter[tuple[str, int]] = Counter()  # of the channels ever made
-        self._warned_no_arena = False
         self._mail = self._open_mail()
         self._progress = self._start_progress()
         self.world = self._communicator(0, self._transport)
         self.arena = self.world.group.arena or self.world.group.no_arena
         self.group = self.world.group
         global_process_set.bind(0, self._members[0], self.world)
-        self._timeline_path = ""
         try:
             for process_set in process_sets:
                 self.add_process_set(process_set)
@@ -110,13 +101,13 @@ class Context:
         """Wait for what is in flight and let go of everything.  Collective."""
         if self.recording.timeline is not None:
             try:
-                self._end_timeline()
+                self.stop_timeline()
             except HvdkitError as exc:
                 log.warning("the timeline stays in parts, one a rank: %s", exc)
-        for channel in self._channels:
+        for channel in self.channels.open:
             channel.lane.stop()
         self._progress.close()
-        for channel in self._channels:
+        for channel in self.channels.open:
             channel.lane.close()
             channel.group.close(in_step=self._watch.in_step(channel))
         for group in self._named.values():
@@ -189,11 +180,8 @@ class Context:
         process_set = self._sets.pop(number)
         del self._members[number]
         if process_set.included():
-            communicator = process_set.communicator()
-            communicator.lane.close()
-            communicator.group.close()
-            self._channels.remove(communicator.channel)
-            self._named.pop(number).close()
+            self.channels.release_set(process_set.communicator())
+            self._groups.release(self._named.pop(number))
         process_set.unbind()
 
     def process_sets(self) -> dict[int, tuple[int, ...]]:
@@ -207,7 +195,7 @@ class Context:
         handle = self._progress.join()
         waits = [
             channel.lane.submit(partial(serve_joined, channel.group))
-            for channel in self._channels
+            for channel in self.channels.open
             if channel is not self.world.channel
         ]
         self.world.lane.call(serve_joined, self.group)
@@ -232,88 +220,30 @@ class Context:
         """
         among = communicator or self.world
         agreed = among.call(agree_on_gradients, tuple(gradients))
-        return GradientReducer(
+        self.channels.release_unused(among)
+        reducer = GradientReducer(
             agreed,
-            channel=self.new_channel(among, "gradients"),
+            channel=self.channels.beside(among, "gradients"),
             bucket_bytes=self.config.bucket_bytes if bucket_bytes is None else bucket_bytes,
             **how,
         )
-
-    def new_channel(self, among: Communicator, label: str) -> Channel:
-        """Return a channel among the ranks of `among`, beside all others.  Collective."""
-        return among.call(self._new_channel, among, label)
-
-    def _new_channel(self, group: Group, among: Communicator, label: str) -> Channel:
-        group.agree(Call("new_channel", label))
-        transport: Any = group.transport
-        # Counted by process set, for other ranks are in others; a key never comes again.
-        self._counts[label, among.number] += 1
-        key = f"{label} {among.number}.{self._counts[label, among.number]}"
-        beside = self._group(transport.duplicate(), min(self._spin, SPIN_BESIDE), key)
-        channel = Channel(key, among.ranks, beside, Lane(key, threaded=self._threaded))
-        self._channels.append(channel)
-        return channel
-
-    def subgroup(self, ranks: Sequence[int], label: str) -> Channel:
-        """Return a channel among `ranks` in ascending order.  Collective among them alone.
-
-        Args:
-            ranks: of all ranks; this one is among them.
-            label: the channel's key: the same on all of them, and no other channel's.
-        """
-        group = self._group(self._transport.subset(ranks), min(self._spin, SPIN_BESIDE), label)
-        channel = Channel(label, tuple(ranks), group, Lane(label, threaded=self._threaded))
-        self._channels.append(channel)
-        return channel
-
-    def release(self, channel: Channel) -> None:
-        """Finish what is in flight in a channel and let go of it.  Collective among its ranks."""
-        self._channels.remove(channel)
-        channel.lane.close()
-        channel.group.close()
+        self.channels.keep(reducer.channel, among, reducer)
+        return reducer
 
     # Timeline
 
     def start_timeline(self, path: Path | str) -> None:
         """Begin to record what every rank does.  Collective."""
-        self.world.call(self._begin_timeline, str(path))
+        self.world.call(self.recording.start, str(path))
+        for process_set in self._sets.values():
+            if process_set.included():
+                process_set.communicator().forget_short_ways()
 
     def stop_timeline(self) -> None:
         """End the recording; rank 0 writes one file of it.  Collective."""
         if self.recording.timeline is None:
             raise ArgumentError("no timeline is being written; call start_timeline() first")
-        self._end_timeline()
-
-    def _begin_timeline(self, group: Group, path: str) -> None:
-        group.agree(Call("start_timeline", None, (("file_path", path),)))
-        if self.recording.timeline is not None:
-            raise ArgumentError("a timeline is being written already; call stop_timeline() first")
-        if group.rank == 0:
-            remove_parts(path, group.size)
-        offset = measure_offset(group.transport)
-        trouble, timeline = "", None
-        try:
-            timeline = Timeline(path, rank=group.rank, size=group.size, offset_seconds=offset)
-        except HvdkitError as exc:
-            trouble = str(exc)
-        troubles = [text for text in group.transport.allgather_object(trouble) if text]
-        if troubles:
-            if timeline is not None:
-                timeline.close()
-            raise ArgumentError(troubles[0])
-        self.recording.timeline = timeline
-        self._timeline_path = path
-        for process_set in self._sets.values():
-            if process_set.included():
-                process_set.communicator().forget_short_ways()
-
-    def _end_timeline(self) -> None:
-        timeline, self.recording.timeline = self.recording.timeline, None
-        assert timeline is not None
-        timeline.close()
-        self.world.barrier()
-        if self.topology.rank == 0:
-            merge(self._timeline_path, self.topology.size)
+        self.world.call(self.recording.stop)
 
     # What it is made of
 
@@ -323,30 +253,10 @@ class Context:
         """Return the collectives of a set of ranks, this one among them.  Collective among them."""
         ranks = self._members[0] if ranks is None else ranks
         label = "all ranks" if number == 0 else f"process set {number}"
-        group = self._group(transport, self._spin, label)
-        channel = Channel(label, ranks, group, Lane(label, threaded=self._threaded))
-        self._channels.append(channel)
-        beside = min(self._spin, SPIN_BESIDE)
-        self._named[number] = self._group(transport.duplicate(), beside, f"{label}, by name")
+        channel = self.channels.make(label, ranks, transport, beside=False)
+        by_name = self._groups.make(transport.duplicate(), f"{label}, by name", beside=True)
+        self._named[number] = by_name
         return Communicator(number, ranks, channel, self._progress)
-
-    def _group(self, transport: MPITransport, spin: int, track: str) -> Group:
-        """Return a group of the transport's ranks.  Collective among them."""
-        transport.backoff.spin = spin
-        local, topology = transport.split_by_node()
-        arena = self._create_arena(local, topology, spin)
-        if isinstance(arena, str):
-            local.close()
-        group = Group(
-            transport,
-            self.kernels,
-            arena,
-            segment_bytes=self.config.segment_bytes,
-            spin=min(spin, 100),  # a look costs a Python-level call to MPI here
-        )
-        group.recorder = self.recording.track(track)
-        self.recording.stats.register(group.counts)
-        return group
 
     def _open_mail(self) -> Mail:
         if self.topology.local_size == self.topology.size:
@@ -359,7 +269,7 @@ class Context:
         config = self.config
         off = config.stall_check_disable or self.topology.size == 1
         self._watch = Watch(
-            self._channels,
+            self.channels.open,
             rank=self.topology.rank,
             size=self.topology.size,
             check=0.0 if off else config.stall_check,
@@ -393,38 +303,6 @@ class Context:
         ]
         if len({call.signature for call in calls}) > 1:
             raise mismatch(calls)
-
-    def _create_arena(self, local: MPITransport, topology: Topology, spin: int) -> Arena | str:
-        """Return the group's arena, or why there is none; the same on all its ranks."""
-        reason = self._why_no_arena(local, topology)
-        if reason:
-            return reason
-        arena = Arena.create(
-            local,
-            slot_bytes=max(self.config.slot_bytes, 64 * topology.local_size),
-            spin=spin,
-            directory=self.config.shm_dir,
-        )
-        if isinstance(arena, str) and topology.local_rank == 0 and not self._warned_no_arena:
-            warnings.warn(
-                f"no shared memory: {arena}. The ranks of this node exchange messages over MPI "
-                "instead, which is slower; in a container, give it more with --shm-size",
-                stacklevel=6,
-            )
-        self._warned_no_arena = True
-        return arena
-
-    def _why_no_arena(self, local: MPITransport, topology: Topology) -> str:
-        if not self.config.shm:
-            return "HVDKIT_SHM=0"
-        if not self.config.native:
-            return "HVDKIT_NATIVE=0 leaves out the native module"
-        if topology.local_size < topology.size:
-            return "the ranks are on several nodes"
-        missing = native.why_unavailable()
-        mine = "" if missing is None else f"the native module is not there ({missing})"
-        reasons = [text for text in local.allgather_object(mine) if text]
-        return reasons[0] if reasons else ""
 
 
 def load_mpi() -> ModuleType:

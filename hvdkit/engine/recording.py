@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hvdkit.collectives.barrier import barrier
 from hvdkit.collectives.calls import Call
+from hvdkit.collectives.group import Group
 from hvdkit.engine.requests import Operation
 from hvdkit.engine.stats import Stats
-from hvdkit.engine.timeline import Timeline
+from hvdkit.engine.timeline import Timeline, measure_offset, merge, remove_parts
+from hvdkit.errors import ArgumentError, HvdkitError
 
 
 class Recording:
@@ -16,6 +19,40 @@ class Recording:
     def __init__(self) -> None:
         self.stats = Stats()
         self.timeline: Timeline | None = None
+        self._path = ""
+
+    def start(self, group: Group, path: str) -> None:
+        """Begin a timeline.  Collective.
+
+        Raises:
+            ArgumentError: on every rank, if there is one already, or a rank cannot write its part.
+        """
+        group.agree(Call("start_timeline", None, (("file_path", path),)))
+        if self.timeline is not None:
+            raise ArgumentError("a timeline is being written already; call stop_timeline() first")
+        if group.rank == 0:
+            remove_parts(path, group.size)
+        offset = measure_offset(group.transport)
+        trouble, timeline = "", None
+        try:
+            timeline = Timeline(path, rank=group.rank, size=group.size, offset_seconds=offset)
+        except HvdkitError as exc:
+            trouble = str(exc)
+        troubles = [text for text in group.transport.allgather_object(trouble) if text]
+        if troubles:
+            if timeline is not None:
+                timeline.close()
+            raise ArgumentError(troubles[0])
+        self.timeline, self._path = timeline, path
+
+    def stop(self, group: Group) -> None:
+        """End the timeline; rank 0 joins the parts.  Collective."""
+        timeline, self.timeline = self.timeline, None
+        assert timeline is not None
+        timeline.close()
+        barrier(group, name=None, algorithm="auto")
+        if group.rank == 0:
+            merge(self._path, group.size)
 
     def track(self, name: str) -> TrackRecorder:
         """Return the recorder of a channel."""

@@ -45,8 +45,6 @@ class Stats:
         self._lock = threading.Lock()
         self._counters: _Table = defaultdict(_Counter)
         self._sources: list[Source] = []
-        self._before: list[Count] = []
-        """What the sources had counted at the last `reset`."""
 
     def add(
         self,
@@ -67,8 +65,14 @@ class Stats:
         with self._lock:
             self._sources.append(source)
 
+    def unregister(self, source: Source) -> None:
+        """Keep what `source` has counted so far, and let go of it."""
+        with self._lock:
+            self._sources.remove(source)
+            _add_all(self._counters, source())
+
     def snapshot(self) -> dict[str, dict[str, Any]]:
-        """Return what was counted since the last `reset`, as dicts that print well; local.
+        """Return what was counted so far, as dicts that print well; local.
 
         Each kind has a total, and below each dtype one counter an algorithm::
 
@@ -88,21 +92,16 @@ class Stats:
             result[kind]["total"] = total.plain()
         return result
 
-    def reset(self) -> None:
-        """Begin to count from zero; local.  Sources need not: their counts are subtracted."""
-        with self._lock:
-            self._counters.clear()
-            self._before = self._from_sources()
-
-    def _from_sources(self) -> list[Count]:
-        return [count for source in self._sources for count in source()]
-
     def _sum(self) -> _Table:
-        """Return own counters, plus the sources', less what those had at the last `reset`."""
+        """Return own counters plus the sources'."""
         table: _Table = defaultdict(_Counter)
         for key, counter in self._counters.items():
             table[key].add(counter.operations, counter.nbytes, counter.seconds)
-        for sign, counts in ((1, self._from_sources()), (-1, self._before)):
-            for kind, dtype, algorithm, operations, nbytes, seconds in counts:
-                table[kind, dtype, algorithm].add(sign * operations, sign * nbytes, sign * seconds)
+        for source in self._sources:
+            _add_all(table, source())
         return table
+
+
+def _add_all(table: _Table, counts: Iterable[Count]) -> None:
+    for kind, dtype, algorithm, operations, nbytes, seconds in counts:
+        table[kind, dtype, algorithm].add(operations, nbytes, seconds)

@@ -108,12 +108,6 @@ class Timeline:
         if len(self._events) == LARGE:
             self._wake.set()
 
-    def instant(self, track: str, name: str, when: float, /, **args: Any) -> None:
-        """Record a moment; otherwise like `span`."""
-        self._append((track, name, when, None, args))
-        if len(self._events) == LARGE:
-            self._wake.set()
-
     def close(self) -> None:
         """Write what was recorded and end the part; what comes later is dropped.  Local."""
         self._append = _ignore
@@ -165,14 +159,11 @@ class Timeline:
         return f"{_encode(named)},\n{_encode(placed)}"
 
     def _format(
-        self, thread: int, name: str, begin: float, end: float | None, args: dict[str, Any]
+        self, thread: int, name: str, begin: float, end: float, args: dict[str, Any]
     ) -> str:
         start = self._ticks(begin)
-        event = {"name": name, "ph": "i", "ts": start / 8, "pid": self._rank, "tid": thread}
-        if end is None:
-            event["s"] = "t"
-        else:
-            event |= {"ph": "X", "dur": (self._ticks(end) - start) / 8}
+        event = {"name": name, "ph": "X", "ts": start / 8, "pid": self._rank, "tid": thread}
+        event["dur"] = (self._ticks(end) - start) / 8
         if args:
             event["args"] = args
         try:
@@ -184,8 +175,8 @@ class Timeline:
         return round((seconds + self._offset) * TICKS_PER_SECOND)
 
 
-#: Track, name, begin, end (None: a moment), args.
-_Event = tuple[str, str, float, float | None, dict[str, Any]]
+#: Track, name, begin, end, args.
+_Event = tuple[str, str, float, float, dict[str, Any]]
 
 
 def _ignore(_event: _Event) -> None:

@@ -26,7 +26,6 @@ from hvdkit.engine.communicator import Communicator
 from hvdkit.engine.compression import Compressor
 from hvdkit.process_sets import ProcessSet, global_process_set
 from hvdkit.torch.asynchronous import sparse_allreduce_async, synchronize
-from hvdkit.torch.channels import keep_channel, release_unused_channels
 from hvdkit.torch.convert import tensor_of
 from hvdkit.torch.hooks import Hooks, Watch
 from hvdkit.torch.parameters import described, inverse, memory_order
@@ -82,8 +81,6 @@ class Gradients:
             groups=groups,
             staging=DeviceBuckets(device) if device.type == "cuda" else None,
         )
-        release_unused_channels(self._among)
-        keep_channel(self._among, self._reducer, self._reducer.channel)
         self._label = label(self._among)
         self.set_passes(passes)
         self._watch = Watch(self.parameters, self.names)

@@ -4,7 +4,6 @@ import json
 import threading
 
 import numpy as np
-import pytest
 
 from hvdkit.engine.stats import Stats
 
@@ -116,38 +115,14 @@ def test_sources_are_folded_in():
     assert stats.snapshot()["allreduce"]["float32"]["shm"] == counted(5, 212, 1.0)
 
 
-def test_reset_counts_from_zero_though_sources_go_on():
+def test_a_source_that_goes_leaves_what_it_has_counted():
     stats = Stats()
-    source = Elsewhere(("allreduce", "float32", "shm", 3, 12, 0.3))
+    source = Elsewhere(("allreduce", "float32", "shm", 3, 12, 0.25))
+    other = Elsewhere(("allreduce", "float32", "shm", 1, 4, 0.5))
     stats.register(source)
-    stats.add("barrier", "none", "mpi", operations=1, nbytes=0, seconds=0.1)
-    stats.reset()
-    assert stats.snapshot() == {}
-    source.counts = [
-        ("allreduce", "float32", "shm", 5, 20, 0.7),
-        ("allreduce", "int8", "shm", 1, 1, 0.1),
-    ]
-    shown = stats.snapshot()["allreduce"]
-    assert (shown["float32"]["shm"]["operations"], shown["float32"]["shm"]["bytes"]) == (2, 8)
-    assert shown["float32"]["shm"]["seconds"] == pytest.approx(0.4)
-    assert shown["int8"]["shm"] == counted(1, 1, 0.1)
-    stats.reset()
-    assert stats.snapshot() == {}
-
-
-def test_reset_without_sources():
-    stats = Stats()
-    stats.add("barrier", "none", "mpi", operations=1, nbytes=0, seconds=0.1)
-    stats.reset()
-    stats.add("barrier", "none", "mpi", operations=2, nbytes=0, seconds=0.5)
-    assert stats.snapshot()["barrier"]["total"] == counted(2, 0, 0.5)
-
-
-def test_what_did_not_happen_since_a_reset_is_not_shown():
-    """A key that only a source had is gone after a reset, rather than shown as zero."""
-    stats = Stats()
-    stats.register(Elsewhere(("alltoall", "int32", "pairwise", 4, 16, 0.5)))
-    assert stats.snapshot()["alltoall"]["total"] == counted(4, 16, 0.5)
-    stats.reset()
-    stats.add("barrier", "none", "shm", operations=1, nbytes=0, seconds=0.0)
-    assert list(stats.snapshot()) == ["barrier"]
+    stats.register(other)
+    stats.unregister(source)
+    source.counts = [("allreduce", "float32", "shm", 100, 400, 9.0)]
+    assert stats.snapshot()["allreduce"]["float32"]["shm"] == counted(4, 16, 0.75)
+    other.counts = [("allreduce", "float32", "shm", 2, 8, 1.0)]
+    assert stats.snapshot()["allreduce"]["float32"]["shm"] == counted(5, 20, 1.25)

@@ -68,15 +68,6 @@ def test_a_span_as_viewers_want_it(path):
     assert (event["pid"], event["tid"]) == (3, 3001)
 
 
-def test_an_instant(path):
-    trace = open_timeline(path)
-    trace.instant("progress", "cycle", 1.5)
-    trace.close()
-    (event,) = events_of(part_path(path, 0))
-    assert (event["ph"], event["ts"], event["s"]) == ("i", 1_500_000, "t")
-    assert "dur" not in event and "args" not in event
-
-
 def test_ranks_are_processes_and_tracks_are_threads(path):
     trace = open_timeline(path, rank=1, size=2)
     for number, track in enumerate(["main", "progress", "reducer 0", "main", "progress"]):
@@ -172,7 +163,7 @@ def test_events_are_in_the_file_after_a_while(path):
     trace = open_timeline(path, flush_seconds=0.01)
     part = part_path(path, 0)
     for name in ["first", "second"]:
-        trace.instant("main", name, 1.0)
+        trace.span("main", name, 1.0, 1.0)
         wait_until(lambda name=name: name in part.read_text())
     trace.close()
     assert names_of(part) == ["first", "second"]
@@ -192,7 +183,7 @@ def test_nothing_comes_after_the_end(path):
     trace.span("main", "work", 1.0, 2.0)
     trace.close()
     trace.span("main", "late", 2.0, 3.0)
-    trace.instant("main", "late", 2.0)
+    trace.span("main", "late", 2.0, 2.0)
     trace.close()
     assert names_of(part_path(path, 0)) == ["work"]
 
@@ -298,7 +289,8 @@ def test_an_event_that_ranks_share_is_at_one_time_in_the_merged_trace(path):
         )
         trace.span("main", "before", clock(), clock())
         meet(transport)
-        trace.instant("main", "together", clock())
+        moment = clock()
+        trace.span("main", "together", moment, moment)
         meet(transport)
         trace.span("main", "after", clock(), clock())
         trace.close()
@@ -341,7 +333,7 @@ def test_threads_of_different_ranks_have_different_numbers(path):
     for rank in range(3):
         trace = open_timeline(path, rank=rank, size=3)
         for track in "abc":
-            trace.instant(track, track, 1.0)
+            trace.span(track, track, 1.0, 1.0)
         trace.close()
     merge(path, 3)
     assert len({event["tid"] for event in events_of(path)}) == 9
@@ -351,7 +343,7 @@ def test_parents_come_before_their_children(path):
     """Spans are recorded when they end, the innermost first, even if no time passed at all."""
     trace = open_timeline(path)
     trace.span("main", "first child", 1.0, 2.0)
-    trace.instant("main", "moment", 1.0)
+    trace.span("main", "moment", 1.0, 1.0)
     trace.span("main", "grandchild", 1.0, 4.0)
     trace.span("main", "child", 1.0, 4.0)
     trace.span("main", "parent", 1.0, 4.0)

@@ -516,10 +516,10 @@ def test_a_channel_has_one_key_on_all_its_ranks_and_no_other_has_it(seed, sets):
     for _ in range(6):
         members = rng.choice(list(sets))
         if RANK in members:
-            channel = context().new_channel(communicator(sets[members]), "gradients")
+            channel = context().channels.beside(communicator(sets[members]), "gradients")
             keys.append((channel.key, members))
             if rng.random() < 0.5:
-                context().release(channel)
+                context().channels.release(channel)
         else:
             rng.random()
     by_key = {}

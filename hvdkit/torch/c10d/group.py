@@ -40,7 +40,7 @@ class ProcessGroup(_Base):  # type: ignore[misc]
         self._here = here
         self._name = name
         self._desc = ""
-        self._channel = here.subgroup(ranks, f"process group {name}")
+        self._channel = here.channels.subgroup(ranks, f"process group {name}")
         self._lane = self._channel.lane
         seconds = timeout.total_seconds()
         self._limit = TimeLimit(self._channel, seconds)
@@ -88,7 +88,7 @@ class ProcessGroup(_Base):  # type: ignore[misc]
         self._limit.close()
         if alive:
             self._messages.close()
-            self._here.release(self._channel)
+            self._here.channels.release(self._channel)
 
     def abort(self) -> None:
         """End whatever waits in the group, now and later."""

@@ -1,0 +1,102 @@
+"""Makes groups of ranks, each with messages and, within one node, memory of its own."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+from hvdkit import native
+from hvdkit.collectives.group import Group
+from hvdkit.config import Config
+from hvdkit.engine.recording import Recording
+from hvdkit.native import Kernels
+from hvdkit.transport.arena import Arena
+from hvdkit.transport.base import Topology
+
+if TYPE_CHECKING:
+    from hvdkit.transport.mpi import MPITransport
+
+#: How often a rank looks before it sleeps, on a thread beside those that compute.
+SPIN_BESIDE = 1000
+
+
+class GroupMaker:
+    """Makes the groups of one job, and lets go of them.
+
+    Args:
+        config: of the job.
+        kernels: how chunks are reduced.
+        recording: is told what the groups do.
+        spin: how often a rank looks before it sleeps, on the user's own thread.
+    """
+
+    def __init__(
+        self, config: Config, kernels: Kernels, recording: Recording, *, spin: int
+    ) -> None:
+        self._config = config
+        self._kernels = kernels
+        self._recording = recording
+        self._spin = spin
+        self._warned = False
+
+    def make(self, transport: MPITransport, track: str, *, beside: bool = False) -> Group:
+        """Return a group of the transport's ranks.  Collective among them.
+
+        Args:
+            transport: for this group alone.
+            track: what the timeline calls it.
+            beside: whether it is used on threads beside those that compute.
+        """
+        spin = min(self._spin, SPIN_BESIDE) if beside else self._spin
+        transport.backoff.spin = spin
+        local, topology = transport.split_by_node()
+        arena = self._arena(local, topology, spin)
+        if isinstance(arena, str):
+            local.close()
+        group = Group(
+            transport,
+            self._kernels,
+            arena,
+            segment_bytes=self._config.segment_bytes,
+            spin=min(spin, 100),  # a look costs a Python-level call to MPI here
+        )
+        group.recorder = self._recording.track(track)
+        self._recording.stats.register(group.counts)
+        return group
+
+    def release(self, group: Group, *, in_step: bool = True) -> None:
+        """Let go of a group; what it has counted stays.  Collective if the ranks are in step."""
+        self._recording.stats.unregister(group.counts)
+        group.close(in_step=in_step)
+
+    def _arena(self, local: MPITransport, topology: Topology, spin: int) -> Arena | str:
+        """Return the group's arena, or why there is none; the same on all its ranks."""
+        reason = self._why_no_arena(local, topology)
+        if reason:
+            return reason
+        arena = Arena.create(
+            local,
+            slot_bytes=max(self._config.slot_bytes, 64 * topology.local_size),
+            spin=spin,
+            directory=self._config.shm_dir,
+        )
+        if isinstance(arena, str) and topology.local_rank == 0 and not self._warned:
+            warnings.warn(
+                f"no shared memory: {arena}. The ranks of this node exchange messages over MPI "
+                "instead, which is slower; in a container, give it more with --shm-size",
+                stacklevel=7,
+            )
+        self._warned = True
+        return arena
+
+    def _why_no_arena(self, local: MPITransport, topology: Topology) -> str:
+        if not self._config.shm:
+            return "HVDKIT_SHM=0"
+        if not self._config.native:
+            return "HVDKIT_NATIVE=0 leaves out the native module"
+        if topology.local_size < topology.size:
+            return "the ranks are on several nodes"
+        missing = native.why_unavailable()
+        mine = "" if missing is None else f"the native module is not there ({missing})"
+        reasons = [text for text in local.allgather_object(mine) if text]
+        return reasons[0] if reasons else ""
