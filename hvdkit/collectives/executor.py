@@ -161,7 +161,7 @@ class Executor:
         stored = target.view(np.uint8)
         width = target.itemsize
         for number, move in enumerate(moves):
-            began = time.perf_counter()
+            began = 0.0 if recorder is None else time.perf_counter()
             streams: list[_Stream] = []
             if move.incoming:
                 streams.append(

@@ -62,6 +62,7 @@ from hvdkit.queries import (
     nccl_built,
     rocm_built,
 )
+from hvdkit.torch.all_reduce import allreduce, allreduce_, grouped_allreduce, grouped_allreduce_
 from hvdkit.torch.asynchronous import (
     allgather_async,
     allreduce_async,
@@ -78,22 +79,17 @@ from hvdkit.torch.asynchronous import (
     sparse_allreduce_async,
     synchronize,
 )
-from hvdkit.torch.collectives import (
+from hvdkit.torch.collectives import barrier, join
+from hvdkit.torch.compression import Compression
+from hvdkit.torch.movements import (
     allgather,
-    allreduce,
-    allreduce_,
     alltoall,
-    barrier,
     broadcast,
     broadcast_,
     grouped_allgather,
-    grouped_allreduce,
-    grouped_allreduce_,
     grouped_reducescatter,
-    join,
     reducescatter,
 )
-from hvdkit.torch.compression import Compression
 from hvdkit.torch.optimizer import DistributedOptimizer
 from hvdkit.torch.state import broadcast_optimizer_state, broadcast_parameters
 from hvdkit.torch.sync_batch_norm import SyncBatchNorm

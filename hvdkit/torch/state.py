@@ -10,7 +10,7 @@ import torch
 
 from hvdkit.api import broadcast_object, rank
 from hvdkit.errors import UnsupportedError
-from hvdkit.torch.collectives import broadcast_
+from hvdkit.torch.movements import broadcast_
 
 
 def broadcast_parameters(

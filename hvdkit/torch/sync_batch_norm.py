@@ -13,7 +13,9 @@ from hvdkit.api import communicator
 from hvdkit.dtypes import Sum
 from hvdkit.errors import ArgumentError, UnsupportedError, describe_by_rank
 from hvdkit.process_sets import ProcessSet, global_process_set
-from hvdkit.torch.collectives import allgather, allreduce_, apply_function
+from hvdkit.torch.all_reduce import allreduce_
+from hvdkit.torch.collectives import apply_function
+from hvdkit.torch.movements import allgather
 
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward
 
