@@ -15,7 +15,7 @@ from hvdkit.engine.reducer import GradientReducer
 torch = pytest.importorskip("torch")
 
 from core.fake_cuda import DEVICE, Gpu, GpuError, OnDevice  # noqa: E402  (torch may be missing)
-from hvdkit.torch import asynchronous, collectives, ports  # noqa: E402
+from hvdkit.torch import all_reduce, asynchronous, collectives, movements, ports  # noqa: E402
 from hvdkit.torch.ports import Result, Source  # noqa: E402
 from hvdkit.torch.staging import DeviceBuckets  # noqa: E402
 
@@ -206,7 +206,7 @@ class Lazy(Handle):
 
 @pytest.fixture
 def doubling(monkeypatch):
-    for module in (asynchronous, collectives):
+    for module in (asynchronous, all_reduce, collectives, movements):
         monkeypatch.setattr(module, "communicator", lambda _: Doubling())
 
 
@@ -216,9 +216,9 @@ def test_synchronous_operations(gpu, stream):
     aside = torch.cuda.stream(gpu.other) if stream == "other" else nullcontext()
     with torch.cuda.device(DEVICE), aside:
         tensor = computed(gpu, [1.0, 2.0])
-        new = collectives.allreduce(tensor) + 1
-        assert gpu.value(collectives.allgather(tensor) + 1).tolist() == [2, 3, 2, 3]
-        assert collectives.allreduce_(tensor) is tensor
+        new = all_reduce.allreduce(tensor) + 1
+        assert gpu.value(movements.allgather(tensor) + 1).tolist() == [2, 3, 2, 3]
+        assert all_reduce.allreduce_(tensor) is tensor
         tensor.add_(10)
         assert gpu.value(new).tolist() == [3, 5]
         assert gpu.value(tensor).tolist() == [12, 14]
@@ -242,7 +242,7 @@ def test_asynchronous_operations(gpu):
 @pytest.mark.usefixtures("doubling")
 def test_a_lazy_conjugate_cannot_be_changed_in_place(gpu):
     lazy = OnDevice.of(torch.tensor([1 + 2j]).conj(), gpu.tensor(torch.zeros(1)).lease)
-    for reduce in (collectives.allreduce_, asynchronous.allreduce_async_):
+    for reduce in (all_reduce.allreduce_, asynchronous.allreduce_async_):
         with pytest.raises(TypeError, match="lazy conjugate"):
             reduce(lazy)
 

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from adasum_oracle import adasum
 
 import hvdkit.torch as hvd
 
@@ -585,21 +586,6 @@ def test_sparse_mistakes():
         hvd.sparse_allreduce_async(sparse_of(RANK), "mistake", hvd.Max)
     with pytest.raises(hvd.UnsupportedError, match="to_sparse"):
         hvd.sparse_allreduce_async(torch.eye(3), "mistake", hvd.Sum)
-
-
-def pairwise(a, b):
-    return (1 - a @ b / (2 * a @ a)) * a + (1 - a @ b / (2 * b @ b)) * b
-
-
-def adasum(vectors):
-    """Combine as the paper does: surplus ranks first, then neighbours, then pairs of these."""
-    core_size = 1 << (len(vectors).bit_length() - 1)
-    level = vectors[:core_size]
-    for i, surplus in enumerate(vectors[core_size:]):
-        level[i] = pairwise(level[i], surplus)
-    while len(level) > 1:
-        level = [pairwise(a, b) for a, b in zip(level[::2], level[1::2], strict=True)]
-    return level[0]
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
