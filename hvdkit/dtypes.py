@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import warnings
 from typing import Any
 
 import ml_dtypes
@@ -73,6 +74,20 @@ def as_op(op: Any) -> ReduceOp:
     except (KeyError, ValueError):
         known = ", ".join(str(member) for member in ReduceOp)
         raise ArgumentError(f"unknown operation {op!r}; known are {known}") from None
+
+
+def as_reduction(op: Any, average: bool | None) -> Any:
+    """Return the operation that Horovod's older and newer arguments ask for.
+
+    Raises:
+        ArgumentError: both are given.
+    """
+    if average is None:
+        return Average if op is None else op
+    if op is not None:
+        raise ArgumentError("op= supersedes average=: give one of them")
+    warnings.warn("average= is deprecated; use op=", DeprecationWarning, stacklevel=3)
+    return Average if average else Sum
 
 
 def check_supported(dtype: np.dtype[Any], op: ReduceOp | None = None) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from hvdkit.api import communicator
+from hvdkit.dtypes import as_reduction
 from hvdkit.process_sets import ProcessSet, global_process_set
 from hvdkit.torch import direct
-from hvdkit.torch.asynchronous import as_reduction
 from hvdkit.torch.collectives import apply_function, differentiable, numbered
 from hvdkit.torch.compression import Compression
 from hvdkit.torch.convert import array_of, check_tensor, tensor_of

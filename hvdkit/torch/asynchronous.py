@@ -5,7 +5,6 @@ Names, arguments and defaults are Horovod's.  Ranks may start them in different 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from hvdkit import collectives
 from hvdkit.api import communicator
 from hvdkit.collectives.group import Group
-from hvdkit.dtypes import Average, Sum, as_op
+from hvdkit.dtypes import Average, Sum, as_op, as_reduction
 from hvdkit.engine.communicator import Communicator
 from hvdkit.engine.handles import Handle
 from hvdkit.errors import ArgumentError, UnsupportedError
@@ -77,20 +76,6 @@ def synchronize(handle: TensorHandle, timeout: float | None = None) -> Any:
         PeerError: another rank died.
     """
     return handle.wait(timeout)
-
-
-def as_reduction(op: Any, average: bool | None) -> Any:
-    """Return the operation that Horovod's older and newer arguments ask for.
-
-    Raises:
-        ArgumentError: both are given.
-    """
-    if average is None:
-        return Average if op is None else op
-    if op is not None:
-        raise ArgumentError("op= supersedes average=: give one of them")
-    warnings.warn("average= is deprecated; use op=", DeprecationWarning, stacklevel=3)
-    return Average if average else Sum
 
 
 # All-reduce

@@ -11,11 +11,12 @@ import torch
 from hvdkit.api import communicator, size
 from hvdkit.dtypes import Average, ReduceOp, as_op
 from hvdkit.engine.agreement import agree_on_gradients
+from hvdkit.engine.compression.choices import bucket_compressor
 from hvdkit.errors import ArgumentError, InFlightError
 from hvdkit.process_sets import ProcessSet, global_process_set
 from hvdkit.torch.all_reduce import allreduce
 from hvdkit.torch.asynchronous import grouped_allreduce_async, synchronize
-from hvdkit.torch.compression import Compression, bucket_compressor, single_compressor
+from hvdkit.torch.compression import Compression, single_compressor
 from hvdkit.torch.gradients import Gradients, Settings
 from hvdkit.torch.onebyone import OneByOne
 from hvdkit.torch.parameters import (

@@ -18,7 +18,7 @@ def test_ways_to_initialise_and_an_end_with_a_traceback():
         def works(how):
             x = torch.ones(1)
             dist.all_reduce(x)
-            print(how, dist.get_rank() == hvd.rank(), x.item(), flush=True)
+            print(f"{how} {dist.get_rank() == hvd.rank()} {x.item()}", flush=True)
             dist.destroy_process_group()
 
         dist.init_process_group("hvdkit")

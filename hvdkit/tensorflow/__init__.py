@@ -1,0 +1,1 @@
+"""hvdkit for TensorFlow: ``import hvdkit.tensorflow as hvd``, not ``horovod.tensorflow``."""
