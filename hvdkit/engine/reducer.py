@@ -90,7 +90,7 @@ class GradientReducer:
         self._order = list(reversed(range(len(gradients))))
         self._arrived: list[int] = []
         self.settled = False
-        """Whether `replan` has been."""
+        """Whether the plan stays as it is."""
         self._bind(self._order)
 
     # The plan
@@ -139,6 +139,10 @@ class GradientReducer:
             return []  # one that has joined knows nothing of plans: again after the next step
         self.settled = True
         return everywhere
+
+    def keep_plan(self) -> None:
+        """Settle the first plan, as its order is known to be that in which gradients come."""
+        self.settled = True
 
     def _replan(self, apart: Sequence[int]) -> list[int]:
         group = self.channel.group

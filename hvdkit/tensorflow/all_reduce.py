@@ -13,7 +13,7 @@ from hvdkit.errors import UnsupportedError
 from hvdkit.process_sets import ProcessSet, global_process_set
 from hvdkit.tensorflow.collectives import Differentiated, differentiably, numbered, rows_of, spec_of
 from hvdkit.tensorflow.compression import Compression
-from hvdkit.tensorflow.convert import array_of, as_tensor, empty, tensor_of
+from hvdkit.tensorflow.convert import array_of, as_tensor, copied, tensor_of
 from hvdkit.tensorflow.graph import call, unconverted
 
 
@@ -116,7 +116,7 @@ def _allreduce(
         among = communicator(process_set)
         return [
             tensor_of(among.allreduce(target, op, name, prescale, postscale, in_place=True))
-            for target, name in zip(map(_copy, values), names, strict=True)
+            for target, name in zip(map(copied, map(array_of, values)), names, strict=True)
         ]
 
     def forward(*inputs: tf.Tensor) -> Differentiated:
@@ -127,13 +127,6 @@ def _allreduce(
         return call(reduce, inputs, [spec_of(tensor) for tensor in inputs]), backward
 
     return differentiably(forward, *tensors)
-
-
-def _copy(tensor: tf.Tensor) -> Any:
-    source = array_of(tensor)
-    target = empty(source.shape, source.dtype)
-    target[...] = source
-    return target
 
 
 def allreduce_slices(

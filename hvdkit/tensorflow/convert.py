@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import DTypeLike, NDArray
 
+from hvdkit.dtypes import bfloat16
 from hvdkit.errors import UnsupportedError
 
 #: TensorFlow shares an array's memory if it begins at a multiple of this many bytes.
@@ -65,7 +66,15 @@ def tensor_of(array: NDArray[Any]) -> tf.Tensor:
 
     Its memory is shared if it is aligned, as that of `empty` is, and copied if not.
     """
-    return tf.convert_to_tensor(array)
+    if array.ctypes.data % ALIGNMENT or not array.flags.c_contiguous or not array.size:
+        return tf.convert_to_tensor(array)
+    if array.dtype == bfloat16:  # of which numpy cannot tell others
+        return tf.bitcast(_shared(array.view(np.uint16)), tf.bfloat16)
+    return _shared(array)
+
+
+def _shared(array: NDArray[Any]) -> tf.Tensor:
+    return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
 
 
 def empty(shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
@@ -75,3 +84,10 @@ def empty(shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
     memory = np.empty(nbytes + ALIGNMENT, np.uint8)
     begin = -memory.ctypes.data % ALIGNMENT
     return memory[begin : begin + nbytes].view(kind).reshape(shape)
+
+
+def copied(array: NDArray[Any]) -> NDArray[Any]:
+    """Return a copy whose memory a tensor can share."""
+    copy = empty(array.shape, array.dtype)
+    np.copyto(copy, array)
+    return copy

@@ -48,6 +48,8 @@ def call(
         [_resource(), *tensors],
         [spec.dtype for spec in results],
     )
+    if not results:
+        return []
     for tensor, spec in zip(made, results, strict=True):
         tensor.set_shape(spec.shape)
     return list(made)

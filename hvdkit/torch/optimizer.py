@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from hvdkit.api import communicator, size
-from hvdkit.dtypes import Average, ReduceOp, as_op
+from hvdkit.dtypes import Average, ReduceOp
 from hvdkit.engine.agreement import agree_on_gradients
 from hvdkit.engine.compression.choices import bucket_compressor
+from hvdkit.engine.wishes import check_groups, check_passes, gradient_op, places_of
 from hvdkit.errors import ArgumentError, InFlightError
 from hvdkit.process_sets import ProcessSet, global_process_set
 from hvdkit.torch.all_reduce import allreduce
@@ -22,10 +23,8 @@ from hvdkit.torch.onebyone import OneByOne
 from hvdkit.torch.parameters import (
     Groups,
     Named,
-    check_groups,
     described,
     names_of,
-    places_of,
 )
 
 
@@ -80,14 +79,10 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     """
     if isinstance(optimizer, _Distributed):
         raise ArgumentError("this optimizer is a DistributedOptimizer already")
-    operation = as_op(op)
-    if operation not in (ReduceOp.AVERAGE, ReduceOp.SUM, ReduceOp.ADASUM):
-        raise ArgumentError(f"gradients can be combined by Average, Sum or Adasum, not {operation}")
-    if gradient_predivide_factor != 1.0 and operation is not ReduceOp.AVERAGE:
-        raise ArgumentError("gradient_predivide_factor is for op=Average: it splits the division")
-    _check_passes(backward_passes_per_step)
+    operation = gradient_op(op, gradient_predivide_factor)
+    check_passes(backward_passes_per_step)
     groups = groups if groups is not None else num_groups or None
-    check_groups(groups)
+    check_groups(groups, torch.Tensor, "tensors")
     if process_set.included() is None:
         communicator(process_set)  # raises the error that says so
     in_buckets = bucket_compressor(compression)
@@ -182,7 +177,7 @@ class _Distributed(torch.optim.Optimizer):
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Change over how many backward passes gradients are summed up; between steps."""
-        _check_passes(passes)
+        check_passes(passes)
         self._passes = passes
         for gradients in self._gradients:
             gradients.set_passes(passes)
@@ -341,8 +336,3 @@ class _DistributedAdasum(_Distributed):
 
     def synchronize(self) -> None:
         """Do nothing: gradients stay this rank's own."""
-
-
-def _check_passes(passes: int) -> None:
-    if passes < 1:
-        raise ArgumentError("backward_passes_per_step must be 1 or more")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from typing import TypeAlias
 
 import torch
@@ -48,38 +47,6 @@ def names_of(
             f"{len(parameters)} parameters; without a name are those of shape {shapes}"
         )
     return names
-
-
-def check_groups(groups: Groups) -> None:
-    """Refuse what are no groups.
-
-    Raises:
-        ArgumentError: neither a number nor lists of tensors, or a tensor that is in two groups.
-    """
-    if groups is None:
-        return
-    if isinstance(groups, int):
-        if groups < 1:
-            raise ArgumentError("groups must be 1 or more, or lists of parameters")
-        return
-    listed = [parameter for group in groups for parameter in group]
-    if not all(isinstance(parameter, torch.Tensor) for parameter in listed):
-        raise ArgumentError("groups must be lists of tensors")
-    if len(set(listed)) < len(listed):
-        raise ArgumentError("a parameter is in two groups")
-
-
-def places_of(parameters: Sequence[torch.nn.Parameter], groups: Groups) -> list[list[int]] | None:
-    """Return groups of parameters as groups of their places; those of others are left out."""
-    if groups is None:
-        return None
-    if isinstance(groups, int):
-        bounds = [i * len(parameters) // groups for i in range(groups + 1)]
-        places = [list(range(*ends)) for ends in pairwise(bounds)]
-        return [group for group in places if group]
-    place = {parameter: index for index, parameter in enumerate(parameters)}
-    chosen = [[place[parameter] for parameter in group if parameter in place] for group in groups]
-    return [group for group in chosen if group]
 
 
 def described(parameters: Sequence[torch.Tensor], names: Sequence[str]) -> tuple[Gradient, ...]:

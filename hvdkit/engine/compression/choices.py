@@ -8,6 +8,7 @@ is taken by both.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from hvdkit.engine.compression.base import Compressor, NoCompression
@@ -46,11 +47,11 @@ class NoneCompressor(TensorCompressor):
         return tensor
 
 
+@dataclass(frozen=True, repr=False)
 class BucketCompressor:
     """A compressor of the core, which the optimizer applies to whole buckets."""
 
-    def __init__(self, bucket: Compressor) -> None:
-        self.bucket = bucket
+    bucket: Compressor
 
     def compress(self, tensor: Any) -> tuple[Any, Any]:
         """Refuse: there is nowhere to keep what would be lost.
