@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakValueDictionary
 
 from hvdkit.collectives.calls import JOINABLE, Call, joined_error, mismatch
@@ -250,21 +251,36 @@ class Coordinator:
 
     def _fuse(self, decisions: Sequence[Decision]) -> list[Decision]:
         """Join neighbours that may travel in one message."""
-        fused: list[Decision] = []
+        groups: list[list[Any]] = []
         nbytes = 0
         for decision in decisions:
-            if isinstance(decision, Run) and decision.requests[0].fusion is not None:
-                last = fused[-1] if fused else None
-                size = decision.requests[0].nbytes
-                fits = nbytes + size <= self._fuse_bytes
-                if isinstance(last, Run) and fits and _alike(last, decision):
-                    keys, requests = last.keys + decision.keys, last.requests + decision.requests
-                    fused[-1] = Run(last.ranks, keys, requests, last.absent)
-                    nbytes += size
-                    continue
+            last = groups[-1][-1] if groups else None
+            size = decision.requests[0].nbytes if isinstance(decision, Run) else 0
+            if _alike(last, decision) and nbytes + size <= self._fuse_bytes:
+                groups[-1].append(decision)
+                nbytes += size
+            else:
+                groups.append([decision])
                 nbytes = size
-            fused.append(decision)
-        return fused
+        return [group[0] if len(group) == 1 else _together(group) for group in groups]
+
+
+def _alike(one: Decision | None, other: Decision) -> bool:
+    """Return whether two decisions may travel in one message."""
+    return (
+        isinstance(one, Run)
+        and isinstance(other, Run)
+        and other.requests[0].fusion is not None
+        and one.requests[0].fusion == other.requests[0].fusion
+        and one.keys[0][0] == other.keys[0][0]
+        and one.absent == other.absent
+    )
+
+
+def _together(runs: Sequence[Run]) -> Run:
+    keys = tuple(key for run in runs for key in run.keys)
+    requests = tuple(request for run in runs for request in run.requests)
+    return Run(runs[0].ranks, keys, requests, runs[0].absent)
 
 
 def left_error(call: Call, left: Sequence[int]) -> PeerError:
@@ -272,12 +288,4 @@ def left_error(call: Call, left: Sequence[int]) -> PeerError:
     return PeerError(
         f"{call.title}: {format_ranks(left)} called shutdown(), or the program ended there, before "
         "making this call"
-    )
-
-
-def _alike(one: Run, other: Run) -> bool:
-    return (
-        one.requests[0].fusion == other.requests[0].fusion
-        and one.keys[0][0] == other.keys[0][0]
-        and one.absent == other.absent
     )
