@@ -46,6 +46,7 @@ from hvdkit.dtypes import (
 )
 from hvdkit.errors import (
     ArgumentError,
+    CheckpointError,
     ConfigError,
     HorovodInternalError,
     HvdkitError,
@@ -60,6 +61,7 @@ from hvdkit.errors import (
 )
 from hvdkit.launch.job import JobError
 from hvdkit.launch.run import run
+from hvdkit.parallel.mesh import Mesh
 from hvdkit.process_sets import (
     ProcessSet,
     global_process_set,
@@ -84,6 +86,7 @@ __all__ = [
     "Adasum",
     "ArgumentError",
     "Average",
+    "CheckpointError",
     "ConfigError",
     "HorovodInternalError",
     "HvdkitError",
@@ -91,6 +94,7 @@ __all__ = [
     "JobError",
     "LauncherError",
     "Max",
+    "Mesh",
     "Min",
     "MismatchError",
     "NotInitializedError",

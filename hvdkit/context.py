@@ -26,10 +26,17 @@ from hvdkit.engine.progress import Progress
 from hvdkit.engine.recording import Recording
 from hvdkit.engine.reducer import GradientReducer
 from hvdkit.engine.stall import Watch
-from hvdkit.errors import ArgumentError, HvdkitError, LauncherError, format_ranks
+from hvdkit.errors import (
+    ArgumentError,
+    HvdkitError,
+    LauncherError,
+    UnsupportedError,
+    format_ranks,
+)
 from hvdkit.process_sets import ProcessSet, global_process_set
 from hvdkit.transport.base import Topology
 from hvdkit.transport.cores import have_own_cores
+from hvdkit.transport.courier import Courier
 from hvdkit.transport.launcher import RANK_PROCESS, check_not_a_worker, check_world
 from hvdkit.transport.mail import Mail, MessageMail, PipeMail
 
@@ -80,6 +87,7 @@ class Context:
         self.channels = Channels(self._transport, self._groups, threaded=self._threaded)
         self._members: dict[int, tuple[int, ...]] = {0: tuple(range(self.topology.size))}
         self._named: dict[int, Group] = {}
+        self._couriers: dict[int, Courier] = {}
         self._sets: dict[int, ProcessSet] = {0: global_process_set}
         self._next_set = 1
         self._mail = self._open_mail()
@@ -104,6 +112,8 @@ class Context:
                 self.stop_timeline()
             except HvdkitError as exc:
                 log.warning("the timeline stays in parts, one a rank: %s", exc)
+        for courier in self._couriers.values():
+            courier.close()
         for channel in self.channels.open:
             channel.lane.stop()
         self._progress.close()
@@ -156,6 +166,16 @@ class Context:
         self._progress.reconsider()
         return process_set
 
+    def process_set_of(self, ranks: Iterable[int]) -> ProcessSet:
+        """Return the process set of `ranks`, which is added if there is none.  Collective."""
+        return self.find_process_set(ranks) or self.add_process_set(ranks)
+
+    def find_process_set(self, ranks: Iterable[int]) -> ProcessSet | None:
+        """Return the process set of `ranks`, if there is one.  Local."""
+        wanted = tuple(sorted(ranks))
+        numbers = (number for number, known in self._members.items() if known == wanted)
+        return next((self._sets[number] for number in numbers), None)
+
     def remove_process_set(self, process_set: ProcessSet) -> bool:
         """Let go of a process set; return whether it was one.  Collective among all ranks.
 
@@ -182,6 +202,8 @@ class Context:
         if process_set.included():
             self.channels.release_set(process_set.communicator())
             self._groups.release(self._named.pop(number))
+            if number in self._couriers:
+                self._couriers.pop(number).close()
         process_set.unbind()
 
     def process_sets(self) -> dict[int, tuple[int, ...]]:
@@ -229,6 +251,33 @@ class Context:
         )
         self.channels.keep(reducer.channel, among, reducer)
         return reducer
+
+    # Arrays from rank to rank
+
+    def courier(self, among: Communicator) -> Courier:
+        """Return what carries arrays between the ranks of `among`, one for all.  Collective.
+
+        Raises:
+            UnsupportedError: MPI was started without support for threads.
+        """
+        if among.number not in self._couriers:
+            if not self._threaded:
+                raise UnsupportedError(
+                    "MPI was started without thread support, which a pipeline needs: start it with "
+                    '"multiple", as mpi4py does if nobody else has'
+                )
+            self._couriers[among.number] = among.call(self._open_courier)
+        return self._couriers[among.number]
+
+    def _open_courier(self, group: Group) -> Courier:
+        group.agree(Call("courier", None))
+        transport: Any = group.transport
+        return Courier(
+            transport.duplicate(),
+            shared=self.config.shm,
+            check=self.config.stall_check,
+            shutdown=self.config.stall_shutdown,
+        )
 
     # Timeline
 

@@ -49,6 +49,10 @@ class StallError(HorovodInternalError):
     """Ranks wait for one that does not come: longer than allowed, or for each other for ever."""
 
 
+class CheckpointError(HvdkitError, RuntimeError):
+    """A checkpoint cannot be written, or is missing, damaged, newer, or not what was asked for."""
+
+
 class ScheduleError(HvdkitError, ValueError):
     """A schedule is wrong: the verifier found a deadlock, a lost contribution or an unread send."""
 

@@ -32,11 +32,22 @@ def test_draw():
     assert len(outcome.stdout.splitlines()) > 6
 
 
+def test_draw_a_pipeline_schedule(tmp_path):
+    out = tmp_path / "1f1b.svg"
+    outcome = python(
+        "-m", "hvdkit", "draw", "1f1b", "--stages", "4", "--microbatches", "8", "--out", str(out)
+    )
+    assert outcome.status == 0, outcome.stderr
+    assert "rank 3  · · · 0 b0─ 1 b1─ 2 " in outcome.stdout
+    assert "bubble: 3/11 = 27.3% of the time (formula 3/11 = 27.3%)" in outcome.stdout
+    assert out.read_text(encoding="utf-8").startswith("<svg ")
+
+
 def test_drawing_starts_no_mpi():
     outcome = python(
         "-c",
         "import sys; sys.modules['mpi4py'] = None; import hvdkit.cli as c\n"
-        "sys.exit(c.main(['draw', 'tree']))",
+        "sys.exit(c.main(['draw', 'tree']) or c.main(['draw', 'zb-h1']))",
     )
     assert outcome.status == 0, outcome.stderr
 

@@ -1,0 +1,1 @@
+"""Layer-sharded model parallelism: mesh, partition, pipeline; no framework is imported."""
