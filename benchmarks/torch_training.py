@@ -218,7 +218,7 @@ def main() -> None:
     if hvd.rank() == 0:
         measuring.show_machine()
     start_gloo()
-    libraries = ["hvdkit", "gloo"] + ["Horovod"] * start_horovod()
+    libraries = ["hvdkit", "gloo"] + ["Horovod"] * start_horovod("torch")
     results = []
     if "named" in args.only:
         for what, tensors, nbytes in (

@@ -95,6 +95,18 @@ def communicator(process_set: ProcessSet | None = None) -> Communicator:
     return here.world if process_set is None else process_set.communicator()
 
 
+def alone(process_set: ProcessSet) -> bool:
+    """Return whether this rank has no other to combine gradients with, in or outside a set.  Local.
+
+    Raises:
+        ArgumentError: the set is not known.
+        NotInitializedError: ``init()`` was not called.
+    """
+    if process_set.included() is None:
+        communicator(process_set)  # raises the error that says so
+    return not process_set.included() or process_set.size() == 1
+
+
 def rank() -> int:
     """Return this process's number, 0 to ``size() - 1``.  Local."""
     return context().topology.rank

@@ -2,8 +2,9 @@
 
     python tests/run_mpi.py [--ranks 1 2 3 4 5] [--timeout 600] [pytest's arguments]
 
-Each number of ranks runs with the native module, one and three also without it, over messages.  One
-rank's failure ends the others at once, and shows which rank failed and why.
+Each number of ranks runs with the native module, one and three also without it, over messages;
+TensorFlow's tests, which take long, on up to four ranks and with it.  One rank's failure ends the
+others at once, and shows which rank failed and why.
 """
 
 import argparse
@@ -21,12 +22,18 @@ TESTS = Path(__file__).parent / "mpi"
 #: Numbers of ranks at which numpy does the native module's work as well.
 WITHOUT_NATIVE = (1, 3)
 
+#: TensorFlow's tests, and the most ranks that they run on.
+TENSORFLOW = ("test_tensorflow*.py", "test_keras*.py")
+TENSORFLOW_RANKS = 4
+
 
 def run(ranks: int, *, native: bool, timeout: float, arguments: list[str]) -> bool:
     """Run the suite once; return whether it passed."""
     title = f"{ranks} rank{'s' * (ranks > 1)}, {'with' if native else 'without'} the native module"
     print(f"\n=== {title}", flush=True)
     command = [*mpirun(ranks), sys.executable, "-m", "pytest", str(TESTS), *arguments]
+    if ranks > TENSORFLOW_RANKS or not native:
+        command += [f"--ignore-glob={TESTS / pattern}" for pattern in TENSORFLOW]
     environment = os.environ | {"HVDKIT_NATIVE": str(int(native))}
     began = time.monotonic()
     job = subprocess.Popen(command, env=environment, start_new_session=True)

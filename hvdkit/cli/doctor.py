@@ -166,12 +166,17 @@ def _model(folder: Path) -> str:
 
 
 def _frameworks() -> Iterator[Finding]:
-    for package, adapter in (("torch", "hvdkit.torch"), ("tensorflow", None), ("horovod", None)):
-        version = _version(package)
+    for packages, adapter in (
+        (("torch",), "hvdkit.torch"),
+        (("tensorflow", "tensorflow-cpu"), "hvdkit.tensorflow"),
+        (("keras",), "hvdkit.keras"),
+        (("horovod",), None),
+    ):
+        version = next((found for name in packages if (found := _version(name))), None)
         if version is None:
-            yield True, package, "not installed (optional)"
+            yield True, packages[0], "not installed (optional)"
         else:
-            yield True, package, f"{version}{f', by {adapter}' if adapter else ''}"
+            yield True, packages[0], f"{version}{f', by {adapter}' if adapter else ''}"
 
 
 def _version(package: str) -> str | None:

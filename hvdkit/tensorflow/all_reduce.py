@@ -159,5 +159,5 @@ def allreduce_slices(
     if factor != 1.0:
         whole = not (values.dtype.is_floating or values.dtype.is_complex)
         exact = tf.float64 if whole else values.dtype
-        values = tf.cast(tf.cast(values, exact) * tf.cast(factor, exact), values.dtype)
+        values = tf.cast(tf.cast(values, exact) * tf.constant(factor, exact), values.dtype)
     return tf.IndexedSlices(values, indices, slices.dense_shape)

@@ -53,7 +53,8 @@ def array_of(tensor: tf.Tensor) -> NDArray[Any]:
         UnsupportedError: of a dtype that numpy does not know.
     """
     try:
-        array: NDArray[Any] = np.asarray(tensor)
+        # A scalar of bfloat16 shows numpy no array.
+        array: NDArray[Any] = np.asarray(tensor if tensor.shape.rank else tensor.numpy())
     except (TypeError, ValueError, NotImplementedError) as exc:
         raise UnsupportedError(f"dtype {tensor.dtype.name} is not supported") from exc
     if array.dtype.names or array.dtype == object:

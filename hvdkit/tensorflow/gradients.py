@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from hvdkit.api import communicator, context
+from hvdkit.api import alone, communicator, context
 from hvdkit.context import Context
 from hvdkit.dtypes import Average, ReduceOp
 from hvdkit.engine.agreement import agree_on_gradients
@@ -253,13 +253,6 @@ class _Launch:
             np.copyto(view, array_of(tensor))
             reducer.ready(index)
         return []
-
-
-def alone(process_set: ProcessSet) -> bool:
-    """Return whether this rank has nobody to combine gradients with, in a set or outside it."""
-    if process_set.included() is None:
-        communicator(process_set)  # raises the error that says so
-    return not process_set.included() or process_set.size() == 1
 
 
 #: What tapes have asked for: a tape lives for one step, what it needs for all.

@@ -11,13 +11,14 @@ tensorflow/python/framework/auto_control_deps.py]
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, TypeVar
 
 import tensorflow as tf
 from tensorflow.python.framework.func_graph import FuncGraph
 from tensorflow.python.ops import control_flow_util
 
-from hvdkit.errors import UnsupportedError
+from hvdkit.errors import HvdkitError, UnsupportedError
 
 #: Takes tensors that have values and returns such.
 Function = Callable[..., Sequence[Any]]
@@ -64,8 +65,20 @@ def in_xla() -> bool:
 
 
 def unconverted(function: F) -> F:
-    """Keep AutoGraph out of a function, which has no branch or loop over tensors."""
-    kept: F = tf.autograph.experimental.do_not_convert(function)
+    """Keep AutoGraph out of a function, which has no branch or loop over tensors.
+
+    Its errors come out of tf.function as what they are: AutoGraph would make them others.
+    """
+
+    @wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except HvdkitError as exc:
+            vars(exc)["ag_pass_through"] = True  # AutoGraph's own mark
+            raise
+
+    kept: F = tf.autograph.experimental.do_not_convert(wrapper)
     return kept
 
 

@@ -54,9 +54,9 @@ def _scaled(gradient: Any, factor: float) -> Any:
     if gradient is None:
         return None
     if isinstance(gradient, tf.IndexedSlices):
-        values = gradient.values * tf.cast(factor, gradient.values.dtype)
+        values = gradient.values * tf.constant(factor, gradient.values.dtype)
         return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
-    return gradient * tf.cast(factor, gradient.dtype)
+    return gradient * tf.constant(factor, gradient.dtype)
 
 
 def variables_of_layers(layers: Any) -> list[Any]:

@@ -1,6 +1,7 @@
 """The scripts for Horovod among the examples: they run, and are scripts for Horovod."""
 
 import ast
+import importlib.util
 import re
 
 import pytest
@@ -17,6 +18,12 @@ SETTINGS = {
         *("--steps", "6", "--characters", "60000", "--hidden", "16", "--max-norm", "0.05"),
     ),
     "horovod_uneven_join": ("--epochs", "2"),
+    "horovod_keras_mnist": ("--epochs", "3", "--warmup-epochs", "1", "--fp16-allreduce"),
+    "horovod_tensorflow2_mnist": ("--steps", "80"),
+    "horovod_tensorflow2_synthetic_benchmark": (
+        *("--batch-size", "1", "--image-size", "32", "--num-warmup-batches", "1"),
+        *("--num-batches-per-iter", "2", "--num-iters", "2", "--fp16-allreduce"),
+    ),
 }
 
 ALIKE = r"all 2 ranks hold identical (weights|parameters): sha256 [0-9a-f]{16}"
@@ -24,8 +31,12 @@ ALIKE = r"all 2 ranks hold identical (weights|parameters): sha256 [0-9a-f]{16}"
 
 def run(name, *arguments):
     """Run an example on 2 ranks; return its lines on stdout, which end as they should."""
-    for needed in ("torch", "sklearn", "tqdm"):
-        pytest.importorskip(needed)
+    framework = "torch"
+    if "keras" in name or "tensorflow" in name:
+        framework = "tensorflow"
+    for needed in (framework, "sklearn", "tqdm"):
+        if importlib.util.find_spec(needed) is None:
+            pytest.skip(f"needs {needed}")
     script = f"examples/{name}.py"
     outcome = under_mpirun(2, script, *SETTINGS[name], *arguments, CUDA_VISIBLE_DEVICES="")
     assert outcome.status == 0, outcome.stdout + outcome.stderr
@@ -45,15 +56,16 @@ def test_mnist(options):
     assert "Epoch 2: 100%" in progress
 
 
-def test_synthetic_benchmark():
-    lines, progress = run("horovod_synthetic_benchmark")
+@pytest.mark.parametrize("name", [name for name in SETTINGS if "synthetic" in name])
+def test_synthetic_benchmark(name):
+    lines, progress = run(name)
     text = "\n".join(lines)
     assert "Number of CPUs: 2\n" in text
     assert len(re.findall(r"^Iter #\d: \d+\.\d img/sec per CPU$", text, re.MULTILINE)) == 2
     each = re.search(r"^Img/sec per CPU: (\d+\.\d) \+-\d+\.\d$", text, re.MULTILINE)
     both = re.search(r"^Total img/sec on 2 CPU\(s\): (\d+\.\d) \+-\d+\.\d$", text, re.MULTILINE)
     assert float(both[1]) == pytest.approx(2 * float(each[1]), abs=0.2)
-    assert "iter/s" not in progress
+    assert ("iter/s" in progress) == ("--no-progress" not in SETTINGS[name])
 
 
 def test_accumulation_and_clipping():
@@ -71,11 +83,25 @@ def test_uneven_join():
     assert float(re.search(r"^accuracy ([\d.]+)%", lines[-1])[1]) > 80
 
 
+def test_keras_mnist():
+    lines, _ = run("horovod_keras_mnist")
+    assert any(line.startswith("Epoch 3/3") for line in lines)
+    assert float(re.search(r"^accuracy ([\d.]+)%", lines[-1])[1]) > 50
+
+
+@pytest.mark.parametrize("options", [(), ("--use-adasum", "--fp16-allreduce")])
+def test_tensorflow2_mnist(options):
+    lines, progress = run("horovod_tensorflow2_mnist", *options)
+    assert float(re.search(r"^accuracy ([\d.]+)%", lines[-1])[1]) > 50
+    assert "40/40" in progress
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_import_is_all_that_is_hvdkits(name):
     source = (REPOSITORY / "examples" / f"{name}.py").read_text()
-    assert re.findall(r".*hvdkit.*", source) == ["import hvdkit.torch as hvd"]
-    assert names_used(source, "hvd") <= OF_HOROVOD
+    (imported,) = re.findall(r".*hvdkit.*", source)
+    module = re.fullmatch(r"import hvdkit\.(torch|keras|tensorflow) as hvd", imported)[1]
+    assert names_used(source, "hvd") <= OF_HOROVOD[module]
 
 
 def names_used(source, module):
@@ -89,9 +115,15 @@ def names_used(source, module):
     }
 
 
-#: What the examples may use of ``horovod.torch``.
+#: What all of Horovod's modules have.
+EVERYWHERE = {"init", "rank", "size", "local_rank", "allgather", "allreduce", "Average", "Sum"}
+EVERYWHERE |= {"Adasum", "Compression", "DistributedOptimizer"}
+
+#: What the examples may use of ``horovod.torch``, and so on.
 OF_HOROVOD = {
-    *("init", "rank", "size", "local_rank", "join", "allgather", "allgather_object", "allreduce"),
-    *("Adasum", "Average", "Sum", "Compression", "DistributedOptimizer"),
-    *("broadcast_parameters", "broadcast_optimizer_state"),
+    "torch": EVERYWHERE
+    | {"join", "allgather_object", "broadcast_parameters", "broadcast_optimizer_state"},
+    "keras": EVERYWHERE | {"callbacks"},
+    "tensorflow": EVERYWHERE
+    | {"allgather_object", "broadcast_variables", "DistributedGradientTape"},
 }
