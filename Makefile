@@ -1,6 +1,7 @@
-# make demo | test | check | test-sanitize | doctor | clean
+# make demo | demo-gpt2 | test | check | test-sanitize | doctor | clean
 # make test-gpu (needs one)
-# make bench-allreduce | bench-collectives | bench-dtypes | bench-step | bench-torch | bench-tensorflow
+# make bench-allreduce | bench-collectives | bench-dtypes | bench-step
+# make bench-torch | bench-tensorflow | bench-pipeline
 # MPI=openmpi (default) or mpich; RANKS="2 4" for tests and benchmarks
 #
 # Each MPI has an environment of its own, .venv-openmpi or .venv-mpich, made when it is first needed.
@@ -24,11 +25,11 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-sanitize check format bench-allreduce bench-collectives \
-    bench-dtypes bench-step bench-torch bench-tensorflow doctor clean
+.PHONY: help demo demo-gpt2 test test-gpu test-sanitize check format bench-allreduce bench-collectives \
+    bench-dtypes bench-step bench-torch bench-tensorflow bench-pipeline doctor clean
 
 help:
-	@sed -n '1,6s/^# \{0,1\}//p' Makefile
+	@sed -n '1,7s/^# \{0,1\}//p' Makefile
 
 ifneq ($(filter $(MPI),openmpi mpich),$(MPI))
 $(error MPI must be openmpi or mpich, not '$(MPI)')
@@ -43,6 +44,11 @@ $(VENV)/.installed: requirements/base.txt requirements/$(MPI).txt setup.py pypro
 
 demo: $(VENV)/.installed
 	$(MPIRUN) -n 2 $(BIN)/python examples/torch_digits.py
+
+# About a minute on two cores.
+demo-gpt2: $(VENV)/.installed
+	$(MPIRUN) -n 4 $(BIN)/python examples/gpt2.py --data 2 --pipeline 2 --layers 4 --width 128 --heads 4 \
+	    --context 64 --decay-steps 500 --validate-every 100
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest tests --ignore tests/mpi --ignore tests/gpu
@@ -68,7 +74,8 @@ test-sanitize: $(VENV)/.installed
 
 # Each ends with the targets it met or missed, against the MPI or, where both were measured, the
 # faster of the two: figures are kept in results/.
-BENCHMARKS := bench-allreduce bench-collectives bench-dtypes bench-step bench-torch bench-tensorflow
+BENCHMARKS := bench-allreduce bench-collectives bench-dtypes bench-step bench-torch bench-tensorflow \
+    bench-pipeline
 
 $(BENCHMARKS): bench-%: $(VENV)/.installed
 	$(foreach n,$(or $(RANKS),$(BENCH_RANKS)),$(MPIRUN) -n $(n) $(BIN)/python benchmarks/$(or $(BENCH_SCRIPT),$*).py \
@@ -78,6 +85,7 @@ bench-allreduce: BENCH_RANKS := 2 4
 bench-collectives bench-dtypes bench-step: BENCH_RANKS := 2
 bench-torch bench-tensorflow: BENCH_RANKS := 1 2 4
 bench-torch: BENCH_SCRIPT := torch_training
+bench-pipeline: BENCH_RANKS := 2 4
 bench-tensorflow: BENCH_SCRIPT := tensorflow_training
 
 doctor: $(VENV)/.installed

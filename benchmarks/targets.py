@@ -46,6 +46,13 @@ TORCH_OVER_GLOO = {
 TENSORFLOW_OVERHEAD = 0.2
 
 
+#: Seconds that the sleeping stages of bench-pipeline sleep on a rank in a step.
+SLEEPING_WORK = 8 * 3 * 0.02
+
+#: By how much of a step a measured bubble may be longer than its formula says.
+BUBBLE_POINTS = 0.05
+
+
 def latest(results: list[Result], ranks: int) -> dict[tuple[str, str, str, int], Result]:
     """Return the last figure of each (MPI, collective, name, bytes) on `ranks` ranks."""
     return {(r.mpi, r.what, r.name, r.nbytes): r for r in results if r.ranks == ranks}
@@ -160,6 +167,28 @@ def show_tensorflow(results: list[Result]) -> None:
             print(f"| {title} | {TENSORFLOW_OVERHEAD:g} | {measured} | {verdict} |")
 
 
+def show_pipeline(results: list[Result]) -> None:
+    for ranks in sorted({result.ranks for result in results}):
+        figures = latest(results, ranks)
+        heading(f"bubble of sleeping stages, {ranks} ranks, beyond the formula (at most)")
+        for name in dict.fromkeys(key[2] for key in figures if key[1] == "sleeping stages"):
+            by_formula = f"{name}, by the formula"
+            found = ratios(figures, "sleeping stages", name, by_formula, 4096)
+            # With work w, step t and formula's step f, the bubbles are 1 - w/t and 1 - w/f.
+            for mpi, ratio in found.items():
+                ideal = figures[mpi, "sleeping stages", by_formula, 4096]
+                share = SLEEPING_WORK / ideal.seconds
+                beyond = share * (1 - ratio)
+                verdict = "met" if beyond <= BUBBLE_POINTS else "missed"
+                print(f"| {name} | {BUBBLE_POINTS:g} | {mpi} {beyond:.3f} | {verdict} |")
+        heading(f"step of a GPT, {ranks} ranks, times as fast as torch.distributed.pipelining")
+        for nbytes in sorted({key[3] for key in figures if key[1] == "pipelined step of a GPT"}):
+            for name in ("gpipe", "1f1b"):
+                peer = f"torch {name}, gloo"
+                found = ratios(figures, "pipelined step of a GPT", f"hvdkit {name}", peer, nbytes)
+                show([line(f"{name}, {human_size(nbytes)}", found, 1.0)])
+
+
 PARTS = {
     "allreduce": show_allreduce,
     "collectives": show_collectives,
@@ -167,6 +196,7 @@ PARTS = {
     "step": show_step,
     "torch": show_torch,
     "tensorflow": show_tensorflow,
+    "pipeline": show_pipeline,
 }
 
 

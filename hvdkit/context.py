@@ -266,17 +266,19 @@ class Context:
                     "MPI was started without thread support, which a pipeline needs: start it with "
                     '"multiple", as mpi4py does if nobody else has'
                 )
-            self._couriers[among.number] = among.call(self._open_courier)
+            self._couriers[among.number] = among.call(self._open_courier, among.ranks)
         return self._couriers[among.number]
 
-    def _open_courier(self, group: Group) -> Courier:
+    def _open_courier(self, group: Group, ranks: Sequence[int]) -> Courier:
         group.agree(Call("courier", None))
+        off = self.config.stall_check_disable
         transport: Any = group.transport
         return Courier(
             transport.duplicate(),
             shared=self.config.shm,
-            check=self.config.stall_check,
-            shutdown=self.config.stall_shutdown,
+            check=0.0 if off else self.config.stall_check,
+            shutdown=0.0 if off else self.config.stall_shutdown,
+            ranks=ranks,
         )
 
     # Timeline

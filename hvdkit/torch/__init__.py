@@ -33,6 +33,7 @@ from hvdkit.dtypes import (
 )
 from hvdkit.errors import (
     ArgumentError,
+    CheckpointError,
     ConfigError,
     HorovodInternalError,
     HvdkitError,
@@ -45,6 +46,7 @@ from hvdkit.errors import (
     UnsupportedError,
 )
 from hvdkit.launch.run import run
+from hvdkit.parallel.mesh import Mesh
 from hvdkit.process_sets import (
     ProcessSet,
     global_process_set,
@@ -91,6 +93,7 @@ from hvdkit.torch.movements import (
     reducescatter,
 )
 from hvdkit.torch.optimizer import DistributedOptimizer
+from hvdkit.torch.pipeline import PipelineModule, Pop, Stash
 from hvdkit.torch.state import broadcast_optimizer_state, broadcast_parameters
 from hvdkit.torch.sync_batch_norm import SyncBatchNorm
 
@@ -98,6 +101,7 @@ __all__ = [
     "Adasum",
     "ArgumentError",
     "Average",
+    "CheckpointError",
     "Compression",
     "ConfigError",
     "DistributedOptimizer",
@@ -106,14 +110,18 @@ __all__ = [
     "InFlightError",
     "LauncherError",
     "Max",
+    "Mesh",
     "Min",
     "MismatchError",
     "NotInitializedError",
     "PeerError",
+    "PipelineModule",
+    "Pop",
     "ProcessSet",
     "Product",
     "ReduceOp",
     "StallError",
+    "Stash",
     "Sum",
     "SyncBatchNorm",
     "UnsupportedError",

@@ -23,7 +23,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -98,12 +98,20 @@ class Courier:
         shared: whether ranks of one node may share memory.
         check: seconds after which a wait is worth a warning; 0: never.
         shutdown: seconds after which it is an error; 0: never.
+        ranks: what messages call the ranks, in their order; None: 0, 1, ...
     """
 
     def __init__(
-        self, transport: Any, *, shared: bool, check: float = 0.0, shutdown: float = 0.0
+        self,
+        transport: Any,
+        *,
+        shared: bool,
+        check: float = 0.0,
+        shutdown: float = 0.0,
+        ranks: Sequence[int] | None = None,
     ) -> None:
         self.rank, self.size = transport.rank, transport.size
+        self._called = tuple(range(self.size) if ranks is None else ranks)
         self._limits = check, shutdown
         self._mail, self._rings = _connect(transport, shared=shared)
         self._peers = {rank: _Peer() for rank in range(self.size)}
@@ -113,6 +121,8 @@ class Courier:
         self._failure: BaseException | None = None
         self._pace = min([0.5, *(limit / 4 for limit in self._limits if limit)])
         self._closing = 0.0  # when
+        self.runs = 0
+        """How many schedules its ranks have run: kept for `hvdkit.parallel`, which counts them."""
         self._thread = threading.Thread(target=self._live, name="hvdkit-courier", daemon=True)
         self._thread.start()
 
@@ -128,7 +138,7 @@ class Courier:
         """
         self._check()
         if destination == self.rank:
-            self._deliver(destination, tag, array)
+            self._deliver(destination, tag, array.copy())  # who receives it may change it
             return
         plain = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         like = Like(tag, array.shape, array.dtype)
@@ -154,7 +164,8 @@ class Courier:
         """Say that a wait is long; return whether that was said by now."""
         check, shutdown = self._limits
         what = (
-            f"rank {self.rank} of {self.size} waited {waited:.0f} s for {key[1]} of rank {key[0]}"
+            f"rank {self._called[self.rank]} waited {waited:.0f} s for {key[1]} of rank "
+            f"{self._called[key[0]]}"
         )
         if shutdown and waited > shutdown:
             raise StallError(f"{what}\nThat rank computes, waits itself, or is gone.")
@@ -286,12 +297,13 @@ class Loopback:
     rank, size = 0, 1
 
     def __init__(self) -> None:
+        self.runs = 0
         self._inbox: dict[Hashable, deque[NDArray[Any]]] = {}
 
     def send(self, destination: int, tag: Hashable, array: NDArray[Any]) -> None:
         """Keep an array for `receive`."""
         assert destination == 0
-        self._inbox.setdefault(tag, deque()).append(array)
+        self._inbox.setdefault(tag, deque()).append(array.copy())
 
     def receive(self, source: int, tag: Hashable) -> NDArray[Any]:
         """Return the next array under a tag, which must be there."""

@@ -87,7 +87,11 @@ class Executor:
         self._worker = worker
 
     def run(self, schedule: Iterable[Instruction]) -> None:
-        """Do what `schedule` says, in order.  Collective among the pipeline's ranks, blocking."""
+        """Do what `schedule` says, in order.  Collective among the pipeline's ranks, blocking.
+
+        What a run that failed has left on its way is thrown away by the next.
+        """
+        self._courier.runs += 1
         for instruction in schedule:
             stage, microbatch = instruction.stage, instruction.microbatch
             if isinstance(instruction, Forward):
@@ -122,19 +126,22 @@ class Executor:
 
     def _send(self, stage: int, tag: tuple[Any, ...], bundle: Bundle) -> None:
         rank = self._rank_of(stage)
-        there = np.array([array is not None for array in bundle], np.bool_)
-        self._courier.send(rank, tag, there)
+        there = (array is not None for array in bundle)
+        self._courier.send(rank, tag, np.array([self._courier.runs, *there], np.int64))
         for number, array in enumerate(bundle):
             if array is not None:
                 self._courier.send(rank, (*tag, number), array)
 
     def _receive(self, stage: int, tag: tuple[Any, ...]) -> Bundle:
         rank = self._rank_of(stage)
-        there = self._courier.receive(rank, tag)
-        return [
-            self._courier.receive(rank, (*tag, number)) if is_there else None
-            for number, is_there in enumerate(there.tolist())
-        ]
+        run = 0
+        while run < self._courier.runs:
+            run, *there = self._courier.receive(rank, tag).tolist()
+            bundle = [
+                self._courier.receive(rank, (*tag, number)) if is_there else None
+                for number, is_there in enumerate(there)
+            ]
+        return bundle
 
     def _rank_of(self, stage: int) -> int:
         """Return the rank that has a stage: they are dealt out in turn."""

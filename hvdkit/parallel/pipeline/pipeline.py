@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,14 @@ from hvdkit.transport.courier import Loopback
 
 #: Names of parameters that are one, such as ``("layers.0.weight", "layers.7.weight")``.
 Tie = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Holders:
+    """The ranks that have a parameter, and the one whose it is: which has the layer named first."""
+
+    ranks: ProcessSet
+    root: int
 
 
 class Pipeline:
@@ -58,8 +68,7 @@ class Pipeline:
 
     def open(self, worker: Worker, skips: Sequence[Edge]) -> None:
         """Connect the ranks, whose stages `worker` computes.  Collective."""
-        among = self._along(PIPELINE)
-        courier = context().courier(among) if self.ranks > 1 else Loopback()
+        courier = context().courier(self._along(PIPELINE)) if self.ranks > 1 else Loopback()
         self._executor = Executor(courier, edges_of(self.stages, skips), worker)
 
     def train(self, microbatches: int) -> None:
@@ -102,7 +111,7 @@ class Pipeline:
     def _reduced(self, value: float, axis: str, op: Any) -> float:
         if self.mesh.size_of(axis) == 1:
             return value
-        return float(self._along(axis).allreduce(np.array([value]), op)[0])
+        return float(self._along(axis).allreduce(np.array([value], np.float64), op)[0])
 
     # Between layers of different ranks
 
@@ -118,22 +127,21 @@ class Pipeline:
         ]
         return [edge for edge in edges if edge.source != edge.target]
 
-    def holders(self, ties: Sequence[Tie], partition: Partition) -> dict[Tie, ProcessSet]:
+    def holders(self, ties: Sequence[Tie], partition: Partition) -> dict[Tie, Holders]:
         """Return the ranks that share each parameter with this one.  Collective among all ranks.
 
         What is on one rank alone, or not on this one, is left out.
         """
-        found: dict[Tie, ProcessSet] = {}
+        found: dict[Tie, Holders] = {}
         for tie in ties:
-            stages = {partition.stage_of(layer_of(name)) for name in tie}
-            places = sorted({stage % self.ranks for stage in stages})
-            if len(places) == 1:
+            places = [partition.stage_of(layer_of(name)) % self.ranks for name in tie]
+            if len(set(places)) == 1:
                 continue
             for line in self.mesh.lines(PIPELINE):
-                ranks = [line[place] for place in places]
+                ranks = sorted({line[place] for place in places})
                 process_set = context().process_set_of(ranks)
                 if self.mesh.rank in ranks:
-                    found[tie] = process_set
+                    found[tie] = Holders(process_set, line[places[0]])
         return found
 
 
@@ -145,8 +153,11 @@ def check_skips(begins: Sequence[tuple[str, int]], ends: Sequence[tuple[str, int
         ends: likewise.
 
     Raises:
-        ArgumentError: one that begins or ends twice, or not at all, or ends before it begins.
+        ArgumentError: one without a name, or that begins or ends twice, or not at all, or ends
+            before it begins.
     """
+    if not all(name for name, _ in (*begins, *ends)):
+        raise ArgumentError("a skip connection needs a name; '' is the way to the next stage")
     for several in (begins, ends):
         names = [name for name, _ in several]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -156,6 +167,26 @@ def check_skips(begins: Sequence[tuple[str, int]], ends: Sequence[tuple[str, int
     for name in sorted({*first, *last}):
         if name not in first or name not in last or last[name] < first[name]:
             raise ArgumentError(f"the skip connection {name!r} wants a Stash, and a Pop behind it")
+
+
+def check_ties(ties: Sequence[Tie], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse ties of what cannot be one parameter.
+
+    Args:
+        shapes: of all layers' parameters, by name.
+
+    Raises:
+        ArgumentError: no such parameter, or parameters of different shapes.
+    """
+    for tie in ties:
+        for name in tie:
+            if name not in shapes:
+                near = difflib.get_close_matches(name, shapes, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ArgumentError(f"tied: there is no parameter {name!r}{hint}")
+        if len({shapes[name] for name in tie}) > 1:
+            each = ", ".join(f"{name} {shapes[name]}" for name in tie)
+            raise ArgumentError(f"tied parameters must have one shape, not {each}")
 
 
 def layer_of(name: str) -> int:
