@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from hvdkit.errors import UnsupportedError
+
+#: Where vector loads are at their best, and where TensorFlow takes an array's memory for its own.
+ALIGNMENT = 64
 
 
 def as_array(x: Any) -> NDArray[Any]:
@@ -53,3 +57,12 @@ def writable(x: Any) -> NDArray[Any]:
         kind = "read-only array" if isinstance(x, np.ndarray) else type(x).__name__
         raise UnsupportedError(f"an in-place collective needs a writable numpy array, not a {kind}")
     return x
+
+
+def aligned_empty(shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
+    """Return new memory that begins at a multiple of `ALIGNMENT` bytes."""
+    kind = np.dtype(dtype)
+    nbytes = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
+    memory = np.empty(nbytes + ALIGNMENT, np.uint8)
+    begin = -memory.ctypes.data % ALIGNMENT
+    return memory[begin : begin + nbytes].view(kind).reshape(shape)

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-#: Gradients begin at multiples of this many bytes in their bucket, for vector loads.
-ALIGNMENT = 64
+from hvdkit.arrays import ALIGNMENT
 
 
 @dataclass(frozen=True)

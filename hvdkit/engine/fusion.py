@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hvdkit.arrays import ALIGNMENT
 from hvdkit.collectives.adasum import adasum
 from hvdkit.collectives.allreduce import allreduce
 from hvdkit.collectives.group import Group
 from hvdkit.config import KIB
 from hvdkit.dtypes import ReduceOp
-from hvdkit.engine.bucketing import ALIGNMENT
 
 #: Up to this many bytes an array is packed with others: in shared memory, and over messages.
 PACKED_IN_ARENA = 256 * KIB

@@ -4,6 +4,7 @@ The collectives on tensors and variables, eager and inside tf.function; and tape
 that combine all ranks' gradients in buckets, while backward still runs.
 """
 
+import importlib
 from typing import Any
 
 from hvdkit.api import (
@@ -33,6 +34,7 @@ from hvdkit.dtypes import (
 )
 from hvdkit.errors import (
     ArgumentError,
+    CheckpointError,
     ConfigError,
     HorovodInternalError,
     HvdkitError,
@@ -44,6 +46,7 @@ from hvdkit.errors import (
     UnsupportedError,
 )
 from hvdkit.launch.run import run
+from hvdkit.parallel.mesh import Mesh
 from hvdkit.process_sets import (
     ProcessSet,
     global_process_set,
@@ -90,20 +93,27 @@ from hvdkit.tensorflow.state import (
 )
 from hvdkit.tensorflow.tape import DistributedGradientTape, PartialDistributedGradientTape
 
+#: What needs Keras, with whatever backend that has: imported when it is asked for.
+_WITH_KERAS = {
+    "PipelineModel": "hvdkit.tensorflow.pipeline",
+    "Pop": "hvdkit.tensorflow.pipeline",
+    "Stash": "hvdkit.tensorflow.pipeline",
+    "SyncBatchNormalization": "hvdkit.tensorflow.sync_batch_norm",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Import what needs Keras, with whatever backend that has, when it is asked for."""
-    if name != "SyncBatchNormalization":
+    """Import what was not imported at first."""
+    if name not in _WITH_KERAS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from hvdkit.tensorflow.sync_batch_norm import SyncBatchNormalization
-
-    return SyncBatchNormalization
+    return getattr(importlib.import_module(_WITH_KERAS[name]), name)
 
 
 __all__ = [
     "Adasum",
     "ArgumentError",
     "Average",
+    "CheckpointError",
     "Compression",
     "ConfigError",
     "DistributedGradientTape",
@@ -112,15 +122,19 @@ __all__ = [
     "HvdkitError",
     "LauncherError",
     "Max",
+    "Mesh",
     "Min",
     "MismatchError",
     "NotInitializedError",
     "PartialDistributedGradientTape",
     "PeerError",
+    "PipelineModel",
+    "Pop",
     "ProcessSet",
     "Product",
     "ReduceOp",
     "StallError",
+    "Stash",
     "Sum",
     "SyncBatchNormalization",
     "UnsupportedError",

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
+from hvdkit.arrays import ALIGNMENT, aligned_empty
 from hvdkit.dtypes import bfloat16
 from hvdkit.errors import UnsupportedError
-
-#: TensorFlow shares an array's memory if it begins at a multiple of this many bytes.
-ALIGNMENT = 64
 
 
 def as_tensor(x: Any) -> tf.Tensor:
@@ -65,7 +62,7 @@ def array_of(tensor: tf.Tensor) -> NDArray[Any]:
 def tensor_of(array: NDArray[Any]) -> tf.Tensor:
     """Return a tensor of `array`, which nobody may write to any more.
 
-    Its memory is shared if it is aligned, as that of `empty` is, and copied if not.
+    Its memory is shared if it is aligned, as that of `aligned_empty` is, and copied if not.
     """
     if array.ctypes.data % ALIGNMENT or not array.flags.c_contiguous or not array.size:
         return tf.convert_to_tensor(array)
@@ -78,17 +75,8 @@ def _shared(array: NDArray[Any]) -> tf.Tensor:
     return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
 
 
-def empty(shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
-    """Return an array whose memory a tensor can share."""
-    kind = np.dtype(dtype)
-    nbytes = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
-    memory = np.empty(nbytes + ALIGNMENT, np.uint8)
-    begin = -memory.ctypes.data % ALIGNMENT
-    return memory[begin : begin + nbytes].view(kind).reshape(shape)
-
-
 def copied(array: NDArray[Any]) -> NDArray[Any]:
     """Return a copy whose memory a tensor can share."""
-    copy = empty(array.shape, array.dtype)
+    copy = aligned_empty(array.shape, array.dtype)
     np.copyto(copy, array)
     return copy

@@ -13,12 +13,13 @@ import tensorflow as tf
 
 from hvdkit import collectives
 from hvdkit.api import communicator, rank
+from hvdkit.arrays import aligned_empty
 from hvdkit.dtypes import Average, ReduceOp, as_op
 from hvdkit.process_sets import ProcessSet, global_process_set
 from hvdkit.tensorflow.all_reduce import grouped_allreduce
 from hvdkit.tensorflow.collectives import Differentiated, differentiably, numbered, rows_of, spec_of
 from hvdkit.tensorflow.compression import Compression
-from hvdkit.tensorflow.convert import array_of, as_tensor, empty, tensor_of
+from hvdkit.tensorflow.convert import array_of, as_tensor, tensor_of
 from hvdkit.tensorflow.graph import call, unconverted
 
 # All-gather
@@ -73,7 +74,7 @@ def _allgather(
                     array_of(value),
                     name=title,
                     algorithm="auto",
-                    allocate=empty,
+                    allocate=aligned_empty,
                 )
             )
             for value, title in zip(values, names, strict=True)
@@ -158,7 +159,7 @@ def root_value(
     """Return the root's `value`, which has one, on every rank.  Collective, blocking."""
     among = communicator(process_set)
     source = array_of(value)
-    target = empty(source.shape, source.dtype)
+    target = aligned_empty(source.shape, source.dtype)
     if rank() == root_rank:
         target[...] = source
     return tensor_of(among.broadcast(target, root_rank, name=name, in_place=True))

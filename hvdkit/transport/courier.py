@@ -31,6 +31,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hvdkit.arrays import aligned_empty
 from hvdkit.errors import HvdkitError, NotInitializedError, StallError
 from hvdkit.transport.base import Bytes, Transport
 from hvdkit.transport.mail import SECONDS_TO_DELIVER, Mail, MessageMail, PipeMail
@@ -261,7 +262,7 @@ class Courier:
         elif what == _ARRAY:
             like = peer.known[number]
             count = int(np.prod(like.shape, dtype=np.int64))
-            peer.filling = like, np.empty(count, like.dtype).view(np.uint8)
+            peer.filling = like, aligned_empty((count,), like.dtype).view(np.uint8)
             peer.filled = 0
         elif what == _SLOT:
             self._fill(source, number)

@@ -13,7 +13,8 @@ from adasum_oracle import adasum
 tf = pytest.importorskip("tensorflow")
 
 import hvdkit.tensorflow as hvd  # noqa: E402  (TensorFlow may be missing)
-from hvdkit.tensorflow.convert import array_of, empty, tensor_of  # noqa: E402
+from hvdkit.arrays import aligned_empty  # noqa: E402
+from hvdkit.tensorflow.convert import array_of, tensor_of  # noqa: E402
 
 RANK, SIZE = hvd.rank(), hvd.size()
 RANKS = range(SIZE)
@@ -202,7 +203,7 @@ def test_memory_is_shared():
     for dtype in (tf.float32, tf.bfloat16, tf.bool):
         x = tf.cast(tf.ones([5, 3]), dtype)
         assert array_of(x).ctypes.data == array_of(x).ctypes.data
-        target = empty((5, 3), dtype.as_numpy_dtype)
+        target = aligned_empty((5, 3), dtype.as_numpy_dtype)
         target[...] = array_of(x)
         assert array_of(tensor_of(target)).ctypes.data == target.ctypes.data
 

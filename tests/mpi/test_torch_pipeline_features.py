@@ -508,3 +508,53 @@ def test_layers_that_return_what_cannot_be_sent(odd):
     worker.microbatches = [Microbatch(torch.ones(3))]
     with pytest.raises(hvd.ArgumentError, match="go tensors, and tuples of them"):
         worker.forward(0, 0, {})
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD], ids=["adamw", "sgd"])
+def test_a_checkpoint_goes_on_in_another_mesh(tmp_path, kind):
+    """From one pipeline of all ranks to replicas on all: the same losses as without a stop."""
+    folder = hvd.broadcast_object(str(tmp_path))
+    meshes = [Mesh(pipeline=-1), Mesh(data=-1)]
+
+    def make(mesh, lr):
+        model = PipelineModule(plain(), mse, mesh=mesh)
+        momentum = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        return model, kind(model.parameters(), lr=lr, **momentum)
+
+    def train(model, optimizer, steps):
+        found = []
+        for step in steps:
+            x, y = batch_of(step)
+            optimizer.zero_grad()
+            found.append(model(part_of(x, model.mesh), part_of(y, model.mesh)).item())
+            optimizer.step()
+        return found
+
+    model, optimizer = make(meshes[0], 0.02)
+    train(model, optimizer, range(3))
+    model.save(folder, optimizer, {"step": 3})
+    wanted = train(model, optimizer, range(3, 6))
+    for mesh in meshes:
+        model, optimizer = make(mesh, 0.5)  # which the checkpoint's learning rate replaces
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0)
+        begin = model.load(folder, optimizer)["step"]
+        found = train(model, optimizer, range(begin, begin + 3))
+        assert found == pytest.approx(wanted, rel=1e-6)
+    hvd.barrier()
+
+
+def test_a_checkpoint_of_another_model(tmp_path):
+    folder = hvd.broadcast_object(str(tmp_path))
+    model = PipelineModule(plain(), mse)
+    with pytest.raises(hvd.CheckpointError):
+        model.load(folder)
+    model.save(folder)
+    other = PipelineModule([torch.nn.Linear(6, 7) for _ in range(SIZE)], mse)
+    with pytest.raises(hvd.CheckpointError):
+        other.load(folder)
+    hvd.barrier()

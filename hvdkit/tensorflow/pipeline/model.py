@@ -1,0 +1,444 @@
+"""`PipelineModel`: a sequence of Keras layers, sharded over ranks, that trains like one model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from hvdkit.api import context
+from hvdkit.dtypes import Average, Max
+from hvdkit.errors import ArgumentError, UnsupportedError
+from hvdkit.parallel import checkpoint
+from hvdkit.parallel.mesh import DATA, PIPELINE, Mesh
+from hvdkit.parallel.partition import Partition
+from hvdkit.parallel.pipeline.executor import Edge
+from hvdkit.parallel.pipeline.pipeline import Pipeline, Tie, check_ties
+from hvdkit.parallel.pipeline.split import Wishes, split_layers
+from hvdkit.parallel.pipeline.ties import merged
+from hvdkit.tensorflow.convert import array_of, variable_of
+from hvdkit.tensorflow.gradients import Reduction, Settings
+from hvdkit.tensorflow.pipeline.batches import joined, rows_of, sizes_of, split
+from hvdkit.tensorflow.pipeline.layers import Layer, inputs_and_layers, names_of
+from hvdkit.tensorflow.pipeline.saving import arrays_of, assign, once_of, slots_of
+from hvdkit.tensorflow.pipeline.splitting import measured, of_rank, survey
+from hvdkit.tensorflow.pipeline.ties import Ties
+from hvdkit.tensorflow.pipeline.worker import Loss, Microbatch, Stage, TensorFlowWorker, unique
+from hvdkit.tensorflow.state import broadcast_variables
+
+
+class PipelineModel:
+    """A sequence of Keras layers, sharded over the ``pipeline`` axis of a mesh.  Collective.
+
+    Calling it with a batch and its targets trains: forward and backward of all microbatches, by the
+    schedule; gradients averaged over the ``data`` axis in buckets, while the pipeline drains.  It
+    returns the batch's loss.  On one rank it does the same by itself.
+
+        model = PipelineModel(layers, loss, mesh=hvdkit.Mesh(data=2, pipeline=2))
+        optimizer = keras.optimizers.AdamW()
+        for x, y in batches:                 # of this rank's place along ``data``
+            loss = model(x, y)
+            model.clip_by_global_norm(1.0)
+            model.apply_gradients(optimizer)
+
+    The optimizer is a plain one.  A batch's gradients are the means over its rows; batch statistics
+    are those of a microbatch.  What an optimizer does with all gradients at once, as clipping by a
+    global norm does, it would do with this rank's alone; `clip_by_global_norm` sees them all.
+
+    Args:
+        layers: a ``keras.Sequential``, or a list of layers or of functions that make one.  Weights
+            that are not there yet get memory and values on the ranks that have the layer; their
+            shapes follow from ``keras.Input(shape)``, as the first of the list, or from `example`.
+            A layer takes what the one before returns: of a tuple each tensor is an argument.
+            `Stash` and `Pop` make skip connections.
+        loss: ``loss(target, output)``, as Keras has it: one of ``keras.losses``, by its name too,
+            or a function; a mean over the batch's first dimension, or a loss for each row.
+        mesh: with the axes ``pipeline`` and, perhaps, ``data``; None: all ranks in one pipeline.
+        schedule: ``"gpipe"``, ``"1f1b"``, ``"interleaved"`` or ``"zb-h1"``; the last is as correct
+            and no faster than ``"1f1b"``, for TensorFlow computes both gradients in one piece.
+        microbatches: into which a batch is cut; fewer if it has fewer rows.
+        chunks: stages of a rank, for ``"interleaved"``.
+        partition: ``"parameters"``: stages with the least possible largest number of these;
+            ``"time"``: with the least possible largest time, as measured in a dry run on `example`;
+            or the number of layers of each stage.
+        example: a microbatch's input.
+        speeds: of each rank of a pipeline, relative; None: all alike.
+        memory_limit: bytes that a rank may hold of weights, gradients, optimizer state and, as far
+            as measured, activations; None: no limit.
+        optimizer_state: what the optimizer keeps for each element of a weight, in elements; of
+            Adam 2.
+        recompute: whether a stage's activations are computed again in backward instead of held.
+        tied: names of weights that are one, such as ``("layers.0.kernel", "layers.7.kernel")``;
+            those of layers that share one are found without being told.
+        seed: for the weights of layers that are yet to be made: the same however many ranks.
+
+    Raises:
+        ArgumentError: what cannot be split so, or does not fit; shows the sizes.
+        UnsupportedError: Keras has another backend.
+    """
+
+    def __init__(
+        self,
+        layers: keras.Sequential | Sequence[Layer],
+        loss: str | Loss,
+        *,
+        mesh: Mesh | None = None,
+        schedule: str = "1f1b",
+        microbatches: int = 4,
+        chunks: int = 1,
+        partition: str | Sequence[int] = "parameters",
+        example: Any = None,
+        speeds: Sequence[float] | None = None,
+        memory_limit: float | None = None,
+        optimizer_state: float = 2.0,
+        recompute: bool = False,
+        tied: Sequence[Tie] = (),
+        seed: int = 0,
+    ) -> None:
+        if keras.backend.backend() != "tensorflow":
+            raise UnsupportedError(
+                f"PipelineModel is for Keras on TensorFlow, and this is on "
+                f"{keras.backend.backend()}: set KERAS_BACKEND=tensorflow"
+            )
+        pipeline = self._pipeline = Pipeline(mesh, schedule, microbatches, chunks)
+        self.mesh = pipeline.mesh
+        inputs, every = inputs_and_layers(layers, example)
+        known = survey(every, inputs, state=optimizer_state, seed=seed)
+        self.partition: Partition = split_layers(
+            Wishes(
+                how=partition,
+                stages=pipeline.stages,
+                ranks=pipeline.ranks,
+                speeds=speeds,
+                limit=memory_limit,
+                in_flight=pipeline.in_flight,
+            ),
+            known.counted,
+            None
+            if example is None
+            else partial(measured, every, known.seen, example, seed=seed, recompute=recompute),
+        )
+        """Which layers each stage has."""
+        self.layers: dict[int, keras.layers.Layer] = {
+            index: of_rank(every[index], known.seen[index], index, seed)
+            for stage in pipeline.mine
+            for index in self.partition.layers(stage)
+        }
+        """This rank's, by their place among all."""
+        skips = pipeline.skips(known.skips, self.partition)
+        stages = {
+            stage: self._stage(stage, skips, keras.losses.get(loss)) for stage in pipeline.mine
+        }
+        self._worker = TensorFlowWorker(stages, recompute)
+        pipeline.open(self._worker, skips)
+        ties = merged([*known.ties, *map(tuple, tied)])
+        check_ties(ties, {name: s for seen in known.seen for name, s in seen.shapes.items()})
+        holders = pipeline.holders(ties, self.partition)
+        self._ties = Ties(ties, holders, self.named_variables(), self.mesh.rank)
+        self._reduction = self._start_alike()
+        self._updates: dict[int, tuple[Any, Callable[..., Any]]] = {}
+        self.gradients: list[Any] = [None] * len(self.trainable_variables)
+        """Of `trainable_variables`, after a step; of one that has no part in the loss, None."""
+
+    # What it is made of
+
+    def _stage(self, number: int, skips: Sequence[Edge], loss: Loss) -> Stage:
+        return Stage(
+            {index: self.layers[index] for index in self.partition.layers(number)},
+            loss if number == self._pipeline.stages - 1 else None,
+            arriving=[edge.label for edge in skips if edge.target == number],
+            leaving=[edge.label for edge in skips if edge.source == number],
+        )
+
+    def _start_alike(self) -> Reduction | None:
+        """Give the ranks along ``data`` the same weights; return what averages gradients there.
+
+        Random layers draw from a state of their own on each: the rows are others.
+        """
+        if not self._pipeline.replicated:
+            return None
+        process_set = self.mesh.process_set(DATA)
+        weights = [weight for layer in self.layers.values() for weight in layer.weights]
+        root = self.mesh.rank_at(**{DATA: 0})
+        if weights:
+            broadcast_variables(unique(weights), root, process_set)
+        same = {id(weight) for weight in weights}
+        for variable in self.variables:
+            if id(variable) not in same and variable.name == "seed_generator_state":
+                place = tf.constant([self.mesh.place(DATA), 0], variable.dtype)
+                variable.assign(variable.value + place)
+        return Reduction(Settings.of(op=Average, process_set=process_set))
+
+    @property
+    def variables(self) -> list[Any]:
+        """The variables of this rank's layers."""
+        return unique([v for layer in self.layers.values() for v in layer.variables])
+
+    @property
+    def trainable_variables(self) -> list[Any]:
+        """Those that are trained."""
+        return unique([v for layer in self.layers.values() for v in layer.trainable_variables])
+
+    def named_variables(self) -> dict[str, Any]:
+        """Return the variables of this rank's layers, by their names in the whole model.
+
+        The names are ``layers.<number>.<name>``, whichever rank has the layer.
+        """
+        names: dict[str, Any] = {}
+        for index, layer in self.layers.items():
+            names.update(names_of(layer, index))
+        return names
+
+    # Training
+
+    def __call__(
+        self, inputs: Any, target: Any, *, scale: Callable[[Any], Any] | None = None
+    ) -> float:
+        """Train on a batch: leave `gradients`, and return the loss.  Collective, eager.
+
+        Args:
+            inputs: of the first layer: a tensor or array, or a tuple, list or dict of them, whose
+                first dimension is the batch's; the same on all ranks of a pipeline.
+            target: for the loss, likewise.
+            scale: of losses before backward, such as ``optimizer.scale_loss`` of
+                keras.optimizers.LossScaleOptimizer, whose scale is the same everywhere if every
+                rank has weights; if gradients then overflow on one rank, they do on all.
+
+        Returns:
+            The mean over the batch, and over the ranks along ``data``, of the loss and of what
+            layers add to it, such as regularizers.
+        """
+        _check_eager()
+        batches = self._cut(inputs, target)
+        worker = self._worker
+        worker.begin(batches, training=True, scale=scale)
+        try:
+            self._pipeline.train(len(batches))
+        finally:
+            worker.forget()
+        variables = self.trainable_variables
+        sums, worker.sums = worker.sums, {}
+        gradients = [sums.get(id(variable_of(variable))) for variable in variables]
+        gradients = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
+        if self._reduction is not None and variables:
+            gradients = self._reduction(gradients, variables)
+        self._ties.add_up(variables, gradients)
+        self.gradients = gradients
+        if scale is not None:
+            self._overflow_alike()
+        return self._total()
+
+    def evaluate(self, inputs: Any, target: Any) -> float:
+        """Return the loss of a batch as training would, without a backward.  Collective, eager."""
+        self._look(inputs, target)
+        return self._total()
+
+    def predict(self, inputs: Any) -> Any:
+        """Return the last layer's output of a batch, as arrays, on every rank of the pipeline.
+
+        Collective, eager.
+        """
+        batches = self._look(inputs, None)
+        outputs = None
+        if self._pipeline.has_last:
+            parts = [tf.nest.map_structure(array_of, batch.output) for batch in batches]
+            outputs = joined(parts)
+        return self._pipeline.from_last(outputs)
+
+    def generate(
+        self,
+        tokens: Any,
+        length: int,
+        *,
+        window: int | None = None,
+        choose: Callable[[Any], Any] = lambda logits: logits.argmax(-1),
+    ) -> Any:
+        """Return `tokens` with `length` more, each chosen by what the model says.  Collective.
+
+        Args:
+            tokens: integers (batch, n); the same on all ranks of a pipeline.
+            length: how many more.
+            window: the most that the model takes; None: all.
+            choose: of logits (batch, vocabulary), an array, the next tokens (batch,); if it draws,
+                it draws the same on all ranks.
+        """
+        tokens = np.asarray(tokens)
+        for _ in range(length):
+            seen = tokens if window is None else tokens[:, -window:]
+            chosen = np.asarray(choose(self.predict(seen)[:, -1]), tokens.dtype)
+            tokens = np.concatenate([tokens, chosen[:, None]], axis=1)
+        return tokens
+
+    def _look(self, inputs: Any, target: Any) -> list[Microbatch]:
+        """Run a batch forward, and return what came of its microbatches."""
+        _check_eager()
+        batches = self._cut(inputs, target)
+        self._worker.begin(batches, training=False)
+        try:
+            self._pipeline.look(len(batches))
+        finally:
+            self._worker.forget()
+        return batches
+
+    def _cut(self, inputs: Any, target: Any) -> list[Microbatch]:
+        """Return microbatches, which have what this rank's stages need."""
+        rows = rows_of(inputs)
+        if target is not None and rows_of(target) != rows:
+            raise ArgumentError(f"inputs of {rows} rows have a target of {rows_of(target)}")
+        sizes = sizes_of(rows, min(self._pipeline.microbatches, rows))
+        nothing = [None] * len(sizes)
+        first, last = 0 in self._pipeline.mine, self._pipeline.has_last
+        return [
+            Microbatch(part, wanted, size / rows)
+            for part, wanted, size in zip(
+                split(inputs, sizes) if first else nothing,
+                split(target, sizes) if last and target is not None else nothing,
+                sizes,
+                strict=True,
+            )
+        ]
+
+    def _total(self) -> float:
+        """Return the loss of all microbatches and stages, on every rank."""
+        return self._pipeline.total(self._pipeline.over_stages(self._worker.loss))
+
+    # Gradients
+
+    def clip_by_global_norm(self, max_norm: float) -> float:
+        """Scale all gradients so that their norm together is at most `max_norm`.  Collective.
+
+        Returns:
+            The 2-norm before, of the whole model's gradients.
+        """
+        pairs = zip(self.gradients, self.trainable_variables, strict=True)
+        squares = sum(
+            float(tf.reduce_sum(tf.square(tf.cast(gradient, tf.float64))))
+            for gradient, variable in pairs
+            if gradient is not None and id(variable) not in self._ties.copies
+        )
+        norm = float(np.sqrt(self._pipeline.over_stages(squares)))
+        if not norm <= max_norm:  # also what is no number, which all ranks then have
+            self.gradients = [
+                None if g is None else g * tf.constant(max_norm / norm, g.dtype)
+                for g in self.gradients
+            ]
+        return norm
+
+    def apply_gradients(self, optimizer: keras.optimizers.Optimizer) -> None:
+        """Let an optimizer update this rank's weights.  Local.
+
+        It is compiled, and does nothing on a rank whose layers have no weights; otherwise the same
+        as ``optimizer.apply_gradients(zip(model.gradients, model.trainable_variables))``.
+        """
+        variables = self.trainable_variables
+        there = {
+            id(variable): gradient
+            for variable, gradient in zip(variables, self.gradients, strict=True)
+            if gradient is not None
+        }
+        if not there:
+            return
+        if not optimizer.built:
+            optimizer.build(variables)
+        if id(optimizer) not in self._updates:
+            update = tf.function(partial(_update, optimizer, self.variables), autograph=False)
+            self._updates[id(optimizer)] = optimizer, update
+        self._updates[id(optimizer)][1](list(there.values()), tuple(there))
+
+    # Checkpoints
+
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        optimizer: keras.optimizers.Optimizer | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write a sharded checkpoint, which loads into another mesh as well.  Collective.
+
+        Args:
+            folder: on a file system that all ranks share; see `hvdkit.parallel.checkpoint.save`.
+            optimizer: that `apply_gradients` has used, whose state is written as well.
+            metadata: whatever else, as JSON has it.
+
+        Raises:
+            CheckpointError: a rank could not write; the older checkpoint stays.
+            UnsupportedError: the optimizer's state cannot be assigned to the weights.
+        """
+        held = self._held(optimizer)
+        arrays = {} if self.mesh.place(DATA) > 0 else arrays_of(held)
+        if not self._writes_once():
+            arrays = {name: array for name, array in arrays.items() if name not in self._once}
+        written = {"mesh": self.mesh.shape, "user": dict(metadata or {})}
+        checkpoint.save(folder, arrays, among=context().world, metadata=written)
+
+    def load(
+        self,
+        folder: str | os.PathLike[str],
+        optimizer: keras.optimizers.Optimizer | None = None,
+    ) -> dict[str, Any]:
+        """Read what `save` wrote, from whatever mesh; return its `metadata`.  Collective.
+
+        Raises:
+            CheckpointError: it is not there, not whole, or of another model.
+        """
+        held = self._held(optimizer)
+        assign(held, checkpoint.load(folder, arrays_of(held)))
+        context().world.barrier()  # whoever saves next sweeps away what others still read
+        user: dict[str, Any] = checkpoint.read_index(folder).metadata["user"]
+        return user
+
+    def _held(self, optimizer: keras.optimizers.Optimizer | None) -> dict[str, Any]:
+        """Return what is written and read on this rank, by global name."""
+        held = {
+            name: variable
+            for name, variable in self.named_variables().items()
+            if variable.dtype != "string" and "seed_generator" not in name
+        }
+        self._once: set[str] = set()
+        variables = self.trainable_variables
+        if optimizer is None or not variables:
+            return held
+        if not optimizer.built:
+            optimizer.build(variables)
+        names = {id(variable): name for name, variable in reversed(held.items())}
+        once = once_of(optimizer)
+        self._once = set(once)
+        return held | slots_of(optimizer, names, variables) | once
+
+    def _writes_once(self) -> bool:
+        """Return whether it is this rank that writes what all have alike.  Collective."""
+        place = float(self.mesh.place(PIPELINE)) if self.trainable_variables else -1.0
+        return self._pipeline.over_stages(place, Max) == place
+
+    def _overflow_alike(self) -> None:
+        """Spoil this rank's gradients if another's are spoilt, so that all skip the step."""
+        there = [place for place, g in enumerate(self.gradients) if g is not None]
+        finite = all(
+            bool(tf.reduce_all(tf.math.is_finite(self.gradients[place]))) for place in there
+        )
+        spoilt = self._pipeline.any_stage(not finite)
+        if spoilt and finite and there:
+            first = self.gradients[there[0]]
+            self.gradients[there[0]] = tf.fill(first.shape, tf.cast(np.inf, first.dtype))
+
+
+def _update(optimizer: Any, variables: Any, gradients: Any, wanted: tuple[int, ...]) -> None:
+    by_identity = {id(variable): variable for variable in variables}
+    optimizer.apply(gradients, [by_identity[number] for number in wanted])
+
+
+def _check_eager() -> None:
+    """Refuse to be traced: every stage is compiled, what runs them waits for other ranks.
+
+    Raises:
+        UnsupportedError: this is in a tf.function.
+    """
+    if not tf.executing_eagerly():
+        raise UnsupportedError(
+            "a PipelineModel compiles its stages itself: take the tf.function off what calls it"
+        )
