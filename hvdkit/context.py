@@ -90,6 +90,8 @@ class Context:
         self._couriers: dict[int, Courier] = {}
         self._sets: dict[int, ProcessSet] = {0: global_process_set}
         self._next_set = 1
+        self._made_here: set[int] = set()  # process sets that no user has asked for
+        self._adopted: dict[int, ProcessSet] = {}  # the users' own for these
         self._mail = self._open_mail()
         self._progress = self._start_progress()
         self.world = self._communicator(0, self._transport)
@@ -122,7 +124,7 @@ class Context:
             channel.group.close(in_step=self._watch.in_step(channel))
         for group in self._named.values():
             group.close()
-        for process_set in self._sets.values():
+        for process_set in (*self._sets.values(), *self._adopted.values()):
             process_set.unbind()
         self._mail.close()
         self._local.close()
@@ -143,12 +145,15 @@ class Context:
         if not isinstance(process_set, ProcessSet):
             process_set = ProcessSet(process_set)
         ranks = tuple(process_set.ranks or ())
+        known = self._number_of(ranks)
+        if known in self._made_here and known not in self._adopted:
+            return self.world.call(self._adopt, process_set, known)
         try:
             if not ranks or ranks[-1] >= self.topology.size:
                 raise ArgumentError(
                     f"{list(ranks)} is no process set: ranks are 0 to {self.topology.size - 1}"
                 )
-            if ranks in self._members.values():
+            if known is not None:
                 raise ArgumentError(f"there is a process set of ranks {list(ranks)} already")
         except ArgumentError as exc:
             self.world.lane.call(self.group.refuse, "add_process_set", None, exc)
@@ -168,13 +173,29 @@ class Context:
 
     def process_set_of(self, ranks: Iterable[int]) -> ProcessSet:
         """Return the process set of `ranks`, which is added if there is none.  Collective."""
-        return self.find_process_set(ranks) or self.add_process_set(ranks)
+        found = self.find_process_set(ranks)
+        if found is None:
+            found = self.add_process_set(ranks)
+            assert found.process_set_id is not None
+            self._made_here.add(found.process_set_id)
+        return found
 
     def find_process_set(self, ranks: Iterable[int]) -> ProcessSet | None:
         """Return the process set of `ranks`, if there is one.  Local."""
-        wanted = tuple(sorted(ranks))
-        numbers = (number for number, known in self._members.items() if known == wanted)
-        return next((self._sets[number] for number in numbers), None)
+        number = self._number_of(tuple(sorted(ranks)))
+        return None if number is None else self._sets[number]
+
+    def _number_of(self, ranks: tuple[int, ...]) -> int | None:
+        return next((number for number, known in self._members.items() if known == ranks), None)
+
+    def _adopt(self, group: Group, process_set: ProcessSet, number: int) -> ProcessSet:
+        """Let a user's process set be one that was made for something else, and stays for it."""
+        ranks = self._members[number]
+        group.agree(Call("add_process_set", None, (("ranks", str(list(ranks))),)))
+        mine = self._sets[number]
+        process_set.bind(number, ranks, mine.communicator() if mine.included() else None)
+        self._adopted[number] = process_set
+        return process_set
 
     def remove_process_set(self, process_set: ProcessSet) -> bool:
         """Let go of a process set; return whether it was one.  Collective among all ranks.
@@ -183,6 +204,9 @@ class Context:
             ArgumentError: on every rank, if named operations are under way in the set on any.
         """
         number = process_set.process_set_id
+        if number is not None and self._adopted.get(number) is process_set:
+            self._adopted.pop(number).unbind()
+            return True
         if number is None or number == 0 or self._sets.get(number) is not process_set:
             return False
         self.world.call(self._remove, number)

@@ -151,3 +151,24 @@ def test_after_a_new_init():
     mesh = Mesh(data=SIZE, pipeline=1)
     assert along(mesh, "data", np.array([1.0]), op=hvd.Sum).tolist() == [SIZE]
     assert mesh.process_set("pipeline").ranks == [RANK]
+
+
+def test_a_process_set_of_ones_own_beside_the_meshs():
+    """It can be added, once, and removed again; the mesh's stays."""
+    mesh = Mesh(data=SIZE, pipeline=1)
+    for rank in range(SIZE):
+        mine = hvd.ProcessSet([rank])
+        if SIZE == 1:
+            break  # which is all ranks, whose set is there for good
+        assert hvd.add_process_set(mine) is mine
+        assert mine.included() == (rank == RANK)
+        assert mine.size() == 1
+        with pytest.raises(hvd.ArgumentError, match="already"):
+            hvd.add_process_set([rank])
+        if mine.included():
+            assert hvd.allreduce(np.ones(1), process_set=mine).item() == 1
+        assert hvd.remove_process_set(mine)
+        assert not hvd.remove_process_set(mine)
+        with pytest.raises(hvd.ArgumentError, match="not known"):
+            hvd.allreduce(np.ones(1), process_set=mine)
+    assert mesh.process_set("pipeline").size() == 1
