@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +17,9 @@ from hvdkit.parallel.partition import Partition
 from hvdkit.parallel.pipeline import registry
 from hvdkit.parallel.pipeline.executor import Edge, Executor, Worker, edges_of
 from hvdkit.parallel.pipeline.instructions import Forward
+from hvdkit.parallel.pipeline.ties import Tie, layer_of
 from hvdkit.process_sets import ProcessSet
 from hvdkit.transport.courier import Loopback
-
-#: Names of parameters that are one, such as ``("layers.0.weight", "layers.7.weight")``.
-Tie = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -167,35 +164,3 @@ def check_skips(begins: Sequence[tuple[str, int]], ends: Sequence[tuple[str, int
     for name in sorted({*first, *last}):
         if name not in first or name not in last or last[name] < first[name]:
             raise ArgumentError(f"the skip connection {name!r} wants a Stash, and a Pop behind it")
-
-
-def check_ties(ties: Sequence[Tie], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse ties of what cannot be one parameter.
-
-    Args:
-        shapes: of all layers' parameters, by name.
-
-    Raises:
-        ArgumentError: no such parameter, or parameters of different shapes.
-    """
-    for tie in ties:
-        for name in tie:
-            if name not in shapes:
-                near = difflib.get_close_matches(name, shapes, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ArgumentError(f"tied: there is no parameter {name!r}{hint}")
-        if len({shapes[name] for name in tie}) > 1:
-            each = ", ".join(f"{name} {shapes[name]}" for name in tie)
-            raise ArgumentError(f"tied parameters must have one shape, not {each}")
-
-
-def layer_of(name: str) -> int:
-    """Return the layer that has a parameter.
-
-    Raises:
-        ArgumentError: `name` is not ``layers.<number>.<parameter>``.
-    """
-    parts = name.split(".", 2)
-    if len(parts) < 3 or parts[0] != "layers" or not parts[1].isdigit():
-        raise ArgumentError(f"{name!r} is no parameter's name, such as 'layers.0.weight'")
-    return int(parts[1])

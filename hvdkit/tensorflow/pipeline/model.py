@@ -18,9 +18,9 @@ from hvdkit.parallel import checkpoint
 from hvdkit.parallel.mesh import DATA, PIPELINE, Mesh
 from hvdkit.parallel.partition import Partition
 from hvdkit.parallel.pipeline.executor import Edge
-from hvdkit.parallel.pipeline.pipeline import Pipeline, Tie, check_ties
+from hvdkit.parallel.pipeline.pipeline import Pipeline
 from hvdkit.parallel.pipeline.split import Wishes, split_layers
-from hvdkit.parallel.pipeline.ties import merged
+from hvdkit.parallel.pipeline.ties import Tie, check_ties, merged
 from hvdkit.tensorflow.convert import array_of, variable_of
 from hvdkit.tensorflow.gradients import Reduction, Settings
 from hvdkit.tensorflow.pipeline.batches import joined, rows_of, sizes_of, split

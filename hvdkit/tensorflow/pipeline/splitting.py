@@ -14,7 +14,7 @@ import tensorflow as tf
 from hvdkit.api import context
 from hvdkit.errors import ArgumentError
 from hvdkit.parallel import partition
-from hvdkit.parallel.pipeline.pipeline import Tie
+from hvdkit.parallel.pipeline.ties import Tie
 from hvdkit.tensorflow.convert import variable_of
 from hvdkit.tensorflow.pipeline.layers import (
     Layer,

@@ -12,7 +12,8 @@ from typing import Any
 import tensorflow as tf
 
 from hvdkit.dtypes import Sum
-from hvdkit.parallel.pipeline.pipeline import Holders, Tie
+from hvdkit.parallel.pipeline.pipeline import Holders
+from hvdkit.parallel.pipeline.ties import Tie
 from hvdkit.process_sets import ProcessSet
 from hvdkit.tensorflow.all_reduce import allreduce
 from hvdkit.tensorflow.pipeline.worker import unique

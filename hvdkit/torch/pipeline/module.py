@@ -17,9 +17,9 @@ from hvdkit.parallel import checkpoint
 from hvdkit.parallel.mesh import DATA, Mesh
 from hvdkit.parallel.partition import Partition
 from hvdkit.parallel.pipeline.executor import Edge
-from hvdkit.parallel.pipeline.pipeline import Pipeline, Tie, check_ties, layer_of
+from hvdkit.parallel.pipeline.pipeline import Pipeline
 from hvdkit.parallel.pipeline.split import Wishes, split_layers
-from hvdkit.parallel.pipeline.ties import merged
+from hvdkit.parallel.pipeline.ties import Tie, check_ties, layer_of, merged
 from hvdkit.torch.gradients import Gradients, Settings
 from hvdkit.torch.movements import broadcast_
 from hvdkit.torch.pipeline.batches import joined, rows_of, split

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from hvdkit.dtypes import Sum
-from hvdkit.parallel.pipeline.pipeline import Holders, Tie
+from hvdkit.parallel.pipeline.pipeline import Holders
+from hvdkit.parallel.pipeline.ties import Tie
 from hvdkit.process_sets import ProcessSet
 from hvdkit.torch.all_reduce import allreduce_
 from hvdkit.torch.movements import broadcast_
