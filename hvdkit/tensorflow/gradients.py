@@ -40,8 +40,8 @@ from hvdkit.tensorflow.compression import Compression
 from hvdkit.tensorflow.convert import array_of, copied, tensor_of, variable_of
 from hvdkit.tensorflow.graph import call
 
-#: Plans that one `Reduction` keeps, and reductions for tapes: one a model, or a few.
-MOST_PLANS = 32
+#: Plans that one `Reduction` keeps, each with its buffers, and reductions for tapes: one a model.
+MOST_PLANS = 8
 
 
 @dataclass(frozen=True)

@@ -94,5 +94,8 @@ def test_the_script_at_a_number_of_ranks(timeout, status):
         assert "=== 1 rank, without the native module: passed" in done.stdout
         assert done.stdout.endswith("all MPI tests passed\n")
     else:
-        assert done.stdout.count("not finished within") == 2
-        assert done.stdout.endswith("failed at: 1 (native), 1 (numpy)\n")
+        assert done.stdout.count("not finished within") == 3
+        assert done.stdout.endswith(
+            "failed: 1 rank, with the native module; 1 rank, with the native module, TensorFlow; "
+            "1 rank, without the native module\n"
+        )
