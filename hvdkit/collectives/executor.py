@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from hvdkit.collectives.program import Move
 from hvdkit.dtypes import ReduceOp
 from hvdkit.native import Kernels
-from hvdkit.transport.base import Backoff, Bytes, Request, Transport
+from hvdkit.transport.base import Bytes, Request, Transport
 
 #: Segments in flight in each direction: enough to keep a link busy while one is reduced, few
 #: enough for the scratch they arrive in to stay in the cache.
@@ -136,7 +136,7 @@ class Executor:
     def __init__(self, transport: Transport, kernels: Kernels, *, spin: int) -> None:
         self.transport = transport
         self.kernels = kernels
-        self.backoff = Backoff(spin)
+        self.backoff = transport.new_backoff(spin)
         self._scratch = np.empty(0, np.uint8)
 
     def run(

@@ -1,13 +1,14 @@
 """What the executor asks of a transport: nonblocking messages between ranks, and small control.
 
-Two transports implement it: `hvdkit.transport.mpi` for real, `hvdkit.transport.threads` for tests
-and for reading along in one process.
+Three transports implement it: `hvdkit.transport.mpi` and `hvdkit.transport.tcp` for real,
+`hvdkit.transport.threads` for tests and for reading along in one process.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -63,6 +64,10 @@ class Transport(Protocol):
 
     def broadcast_object(self, value: Any, root: int) -> Any:
         """Return the root's `value` on every rank, pickled: for small control data only."""
+        ...
+
+    def new_backoff(self, spin: int) -> Backoff:
+        """Return what waits for this transport's requests, in one thread.  Local."""
         ...
 
     def close(self) -> None:
@@ -123,3 +128,39 @@ class Backoff:
         except BaseException:
             self.abandoned.append(request)
             raise
+
+
+class JobTransport(Transport, Protocol):
+    """The transport of a job, from which those of its parts are made."""
+
+    @property
+    def backoff(self) -> Backoff:
+        """How this transport's own waits wait."""
+        ...
+
+    def duplicate(self) -> JobTransport:
+        """Return a transport among the same ranks, for messages apart from these.  Collective."""
+        ...
+
+    def subset(self, ranks: Sequence[int]) -> JobTransport:
+        """Return a transport among `ranks` of this one, in ascending order.
+
+        Collective among those ranks alone; this rank is one of them.
+        """
+        ...
+
+    def tagged(self, tag: int) -> JobTransport:
+        """Return a view of this transport whose messages have `tag`, and meet no others.  Local."""
+        ...
+
+    def split_by_node(self) -> tuple[JobTransport, Topology]:
+        """Return a transport among the ranks of this node, and where this rank is.  Collective."""
+        ...
+
+    def incoming(self) -> tuple[int, int] | None:
+        """Return ``(source, bytes)`` of a message that can be received now, or None."""
+        ...
+
+    def abort(self, code: int) -> None:
+        """End every process of the job at once, this one with status `code`."""
+        ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import pickle
 from collections.abc import Sequence
+from copy import copy
 from itertools import accumulate
 from typing import Any, TypeVar, cast
 
@@ -130,6 +131,12 @@ class MPITransport:
         group.Free()
         return MPITransport(comm, self.backoff.spin)
 
+    def tagged(self, tag: int) -> MPITransport:
+        """Return a view of this transport whose messages have `tag`, and meet no others.  Local."""
+        view = copy(self)
+        view.TAG = tag
+        return view
+
     def split_by_node(self) -> tuple[MPITransport, Topology]:
         """Return a transport among the ranks of this node, and where this rank is.  Collective."""
         local = self.comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
@@ -175,6 +182,9 @@ class MPITransport:
             pickle.loads(everything[end - length : end].tobytes())
             for length, end in zip(lengths, ends, strict=True)
         ]
+
+    def new_backoff(self, spin: int) -> Backoff:
+        return Backoff(spin)
 
     def interrupt(self, error: Exception) -> None:
         self.backoff.stop = error

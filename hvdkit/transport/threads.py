@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdkit.transport.base import Bytes
+from hvdkit.transport.base import Backoff, Bytes
 
 T = TypeVar("T")
 
@@ -153,6 +153,9 @@ class ThreadTransport:
 
     def close(self) -> None:
         pass
+
+    def new_backoff(self, spin: int) -> Backoff:
+        return Backoff(spin)
 
     def interrupt(self, error: Exception) -> None:
         self.world.interrupted = error

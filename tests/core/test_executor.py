@@ -296,6 +296,7 @@ class Counting:
         self.inner, self.rank, self.size = transport, transport.rank, transport.size
         self.sending = []
         self.most = 0
+        self.new_backoff = transport.new_backoff
 
     def isend(self, data, destination):
         request = self.inner.isend(data, destination)

@@ -12,6 +12,7 @@ from hvdkit.dtypes import ReduceOp
 from hvdkit.errors import ArgumentError, MismatchError, StallError, UnsupportedError
 from hvdkit.native import NumpyKernels
 from hvdkit.schedules.registry import ALGORITHMS
+from hvdkit.transport.base import Backoff
 
 from .worlds import in_group, outcomes
 
@@ -400,6 +401,9 @@ class Closing:
 
     def interrupt(self, error):
         pass
+
+    def new_backoff(self, spin):
+        return Backoff(spin)
 
 
 @pytest.mark.parametrize("how", ["at rest", "not in step", "failed", "given up"])
