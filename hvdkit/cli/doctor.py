@@ -14,9 +14,10 @@ from typing import Any
 
 from hvdkit import __version__, native
 from hvdkit.config import Config
-from hvdkit.context import load_mpi
 from hvdkit.errors import ConfigError, HvdkitError
 from hvdkit.transport.cores import cpu_quota
+from hvdkit.transport.launcher import check_world
+from hvdkit.transport.opening import Way, find_way, load_mpi
 
 #: One finding: whether all is well, what was looked at, what was found.
 Finding = tuple[bool, str, str]
@@ -45,11 +46,50 @@ def run(_: argparse.Namespace) -> int:
     return 0 if able else 1
 
 
+def _joining() -> Iterator[Finding]:
+    """Say who started this process, and how init() would join: over MPI, over TCP, or alone."""
+    try:
+        way = find_way(None, _config(), os.environ)
+        yield _joining_over_tcp(way) or _joining_over_mpi(way)
+    except HvdkitError as exc:
+        yield False, "joining", "init() will refuse: " + str(exc).replace("\n", " ")
+
+
+def _joining_over_tcp(way: Way) -> Finding | None:
+    meeting = way.meeting
+    if meeting is None:
+        return None
+    where = f"meets the others at {meeting.address} port {meeting.port}"
+    return True, "joining", f"over TCP, {where}: {way.why}" if meeting.size > 1 else way.why
+
+
+def _joining_over_mpi(way: Way) -> Finding:
+    try:
+        mpi = load_mpi()
+    except HvdkitError:
+        if way.kind == "mpi" and way.otherwise is None:
+            raise
+        size, library = 1, ""
+    else:
+        size, library = mpi.world_size(), mpi.library_version()
+    if size == 1 and way.otherwise is not None:
+        return (
+            True,
+            "joining",
+            f"over TCP, for MPI knows of no other rank: {way.otherwise.launcher}",
+        )
+    if not _config().allow_singleton:
+        check_world(os.environ, size, library)
+    how = f"over MPI, {size} rank{'s' * (size > 1)}" if library else "alone, without MPI"
+    return True, "joining", f"{how}: {way.why}"
+
+
 def _mpi() -> Iterator[Finding]:
     try:
         mpi = load_mpi()
     except HvdkitError as exc:
-        yield False, "MPI", str(exc).replace("\n", " ")
+        text = str(exc).replace("\n", " ")
+        yield False, "MPI", f"{text} Without it: hvdrun --tcp, torchrun, horovodrun in Gloo mode"
         return
     standard = ".".join(map(str, mpi.standard_version()))
     yield True, "MPI", f"{mpi.library_version()} (MPI {standard}, mpi4py {_version('mpi4py')})"
@@ -108,7 +148,7 @@ def _native_module() -> Iterator[Finding]:
 
 def _shared_memory() -> Iterator[Finding]:
     if not _config().shm:
-        yield False, "shared memory", "switched off by HVDKIT_SHM=0: ranks exchange over MPI"
+        yield False, "shared memory", "switched off by HVDKIT_SHM=0: ranks exchange messages"
         return
     directory = _config().shm_dir
     try:
@@ -116,7 +156,7 @@ def _shared_memory() -> Iterator[Finding]:
         handle = os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o600)
         os.close(handle)
     except (OSError, AttributeError) as exc:
-        yield False, "shared memory", f"{directory} cannot be used ({exc}): ranks exchange over MPI"
+        yield False, "shared memory", f"{directory} cannot be used ({exc}): ranks exchange messages"
         return
     enough = free > 64 * 2**20
     hint = "" if enough else ": too little for a model's gradients; in a container use --shm-size"
@@ -188,9 +228,10 @@ def _version(package: str) -> str | None:
 
 #: What is looked at, and whether hvdkit cannot do without it.
 _LOOKS: tuple[tuple[Callable[[], Iterator[Finding]], bool], ...] = (
-    (_mpi, True),
+    (_mpi, False),
     (_threads, False),
     (_launcher, False),
+    (_joining, True),
     (_environment, True),
     (_native_module, False),
     (_shared_memory, False),

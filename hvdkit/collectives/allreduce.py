@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdkit.collectives.adasum import adasum
+from hvdkit.collectives.gathered import allreduce_gathered
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.reduction import Reduction, plan_reduction
 from hvdkit.dtypes import ReduceOp, exported
@@ -39,7 +40,8 @@ def allreduce(
         name: for messages and the check; ranks must give the same one.
         prescale: factor of each contribution, before the reduction.
         postscale: factor of the result, after an average is divided.
-        algorithm: a schedule's name, ``"shm"``, ``"mpi"`` or ``"auto"``.
+        algorithm: a schedule's name, ``"shm"``, ``"hierarchical"``, ``"gathered"``, ``"mpi"`` or
+            ``"auto"``.
 
     Raises:
         MismatchError: on every rank, if ranks disagree.
@@ -69,7 +71,23 @@ def allreduce(
             group.settle(plan.call)
         group.record(plan.call, plan.algorithm, source.nbytes, began, counted=True)
         return plan
-    group.agree(plan.call)
+    if plan.algorithm == "gathered":
+        allreduce_gathered(group, plan, source.reshape(-1), target.reshape(-1))
+    else:
+        group.agree(plan.call)
+        if plan.algorithm == "hierarchical":
+            assert group.hierarchy is not None
+            group.hierarchy.allreduce(group, plan, source.reshape(-1), target.reshape(-1))
+        else:
+            _allreduce_flat(group, plan, source, target)
+    group.record(plan.call, plan.algorithm, source.nbytes, began)
+    return plan
+
+
+def _allreduce_flat(
+    group: Group, plan: Reduction, source: NDArray[Any], target: NDArray[Any]
+) -> None:
+    """Reduce by messages, whichever ranks they are between."""
     if target is not source:
         np.copyto(target, source)
     data = target.reshape(-1)
@@ -79,8 +97,6 @@ def allreduce(
     else:
         group.run_schedule("allreduce", plan.algorithm, data, op=plan.op)
     plan.finish(group, data)
-    group.record(plan.call, plan.algorithm, source.nbytes, began)
-    return plan
 
 
 def allreduce_on_device(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hvdkit.collectives.calls import JOIN, JOINABLE, Call, joined_error, mismatch
 from hvdkit.collectives.executor import Executor
+from hvdkit.collectives.frames import Frames
+from hvdkit.collectives.pick import NO_HIERARCHY
 from hvdkit.collectives.program import Move, bounds_of, even_bounds, lay_out
 from hvdkit.dtypes import ReduceOp
 from hvdkit.errors import (
@@ -24,6 +26,9 @@ from hvdkit.native import Kernels
 from hvdkit.schedules import registry
 from hvdkit.transport.arena import Arena
 from hvdkit.transport.base import Transport
+
+if TYPE_CHECKING:
+    from hvdkit.collectives.hierarchical import Hierarchy
 
 #: How long word may take of why a rank gave up.
 SECONDS_FOR_A_REASON = 1.0
@@ -63,6 +68,7 @@ class Group:
         arena: the memory that all the ranks share, or why they share none.
         segment_bytes: the length of a message.
         spin: how often to look before giving up the core.
+        hierarchy: of their nodes, or why there is none.
 
     One collective at a time; the engine sees to that.
     """
@@ -75,6 +81,7 @@ class Group:
         *,
         segment_bytes: int,
         spin: int,
+        hierarchy: Hierarchy | str = NO_HIERARCHY,
     ) -> None:
         self.transport = transport
         self.rank = transport.rank
@@ -82,12 +89,15 @@ class Group:
         self.kernels = kernels
         self.arena = None if isinstance(arena, str) else arena
         self.no_arena = arena if isinstance(arena, str) else ""
+        self.hierarchy = None if isinstance(hierarchy, str) else hierarchy
+        self.no_hierarchy = hierarchy if isinstance(hierarchy, str) else ""
         self.segment_bytes = segment_bytes
         self.executor = Executor(transport, kernels, spin=spin)
         self.recorder: Recorder | None = None
         self.doing: Any = None
         """The call under way, or the last one; an all-reduce's plan stands for its call."""
         self._agreed = 0
+        self._frames = Frames(transport)
         self._failure: HorovodInternalError | None = None
         self._plans: dict[Any, Any] = {}
         self._retired: list[tuple[str, str, str, int, int, float]] = []
@@ -112,6 +122,8 @@ class Group:
         self.transport.interrupt(self._failure)
         if self.arena is not None:
             self.arena.native.abort()
+        if self.hierarchy is not None:
+            self.hierarchy.abort(self._failure)
 
     def close(self, *, in_step: bool = True) -> None:
         """Let go of the memory and the messages.  Collective.
@@ -122,6 +134,8 @@ class Group:
         """
         if self.arena is not None:
             self.arena.close()
+        if self.hierarchy is not None:
+            self.hierarchy.close(in_step=in_step and self._failure is None)
         if in_step and self._failure is None and not self.executor.backoff.abandoned:
             self.transport.close()
 
@@ -187,18 +201,21 @@ class Group:
             while (gathered := self.exchange(call, values)) is None:
                 self.settle(call)
             return gathered
-        # The signature travels alone: ranks in different calls have different numbers of values.
-        while self.differs(call):
+        return self.gather(call, np.array(values, np.int64))
+
+    def gather(self, call: Call, mine: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Do as `agree`, by messages.  Collective."""
+        while (gathered := self._gather(call, mine)) is None:
             self.settle(call)
-        if not values:
-            return np.empty((self.size, 0), np.int64)
-        return self.transport.allgather_ints(np.array(values, np.int64))
+        return gathered
 
     def differs(self, call: Call) -> bool:
         """Return whether ranks' calls differ, as found by messages.  Collective."""
+        return self._gather(call, np.empty(0, np.int64)) is None
+
+    def _gather(self, call: Call, mine: NDArray[np.int64]) -> NDArray[np.int64] | None:
         self._agreed += 1
-        mine = np.array([_signed(call.signature)], np.int64)
-        return bool(np.any(self.transport.allgather_ints(mine) != mine[0]))
+        return self._frames.gather(call.signature, mine)
 
     def exchange(self, call: Call, values: Sequence[int]) -> NDArray[np.int64] | None:
         """Return each rank's `values` through the arena, or None if ranks' calls differ."""
@@ -327,8 +344,3 @@ class Group:
                 "take another algorithm than 'mpi'"
             )
         return library
-
-
-def _signed(value: int) -> int:
-    """Return an unsigned 64-bit integer as the signed one of the same bits."""
-    return value - (1 << 64) if value >> 63 else value

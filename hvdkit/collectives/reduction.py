@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from hvdkit.collectives.calls import Call
 from hvdkit.collectives.group import Group
-from hvdkit.collectives.pick import pick
+from hvdkit.collectives.pick import pick, pick_allreduce
 from hvdkit.dtypes import DTYPE_CODES, DTYPES, ReduceOp, as_op, check_supported
 from hvdkit.errors import ArgumentError, HvdkitError
 from hvdkit.transport.device import Memory
@@ -120,7 +120,7 @@ def _resolve(
         ),
         {"arrays": ((source.dtype, source.shape),), "op": op, "algorithm": algorithm} | factors,
     )
-    way = pick(kind, algorithm, source.nbytes, no_arena=group.no_arena)
+    way = _way(group, kind, algorithm, source.nbytes)
     divisor = group.size if op is ReduceOp.AVERAGE else 1
     before, after = factors.values()
     native = (DTYPE_CODES[source.dtype], int(op), before, divisor, after, call.signature)
@@ -137,6 +137,20 @@ def _resolve(
         native=native,
         bound=bound,
         nbytes=source.nbytes,
+    )
+
+
+def _way(group: Group, kind: str, algorithm: str, nbytes: int) -> str:
+    """Return the algorithm to run."""
+    if kind != "allreduce":
+        return pick(kind, algorithm, nbytes, no_arena=group.no_arena)
+    return pick_allreduce(
+        algorithm,
+        nbytes,
+        size=group.size,
+        no_arena=group.no_arena,
+        no_hierarchy=group.no_hierarchy,
+        per_node=0 if group.hierarchy is None else group.hierarchy.layout.per_node,
     )
 
 

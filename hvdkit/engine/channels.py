@@ -1,8 +1,8 @@
 """The channels of a job: made and let go by the ranks that share them, all at once.
 
-A channel is a thread, shared memory and an MPI communicator.  Its user, such as an optimizer, goes
-on each rank when Python lets go of it; the channel can only go on all ranks together.  So it waits
-until a next one is made among the same ranks, which is collective.
+A channel is a thread, shared memory and a transport of its own.  Its user, such as an optimizer,
+goes on each rank when Python lets go of it; the channel can only go on all ranks together.  So it
+waits until a next one is made among the same ranks, which is collective.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hvdkit.collectives.calls import Call
 from hvdkit.collectives.group import Group
@@ -18,9 +18,7 @@ from hvdkit.engine.channel import Channel
 from hvdkit.engine.communicator import Communicator
 from hvdkit.engine.grouping import GroupMaker
 from hvdkit.engine.lane import Lane
-
-if TYPE_CHECKING:
-    from hvdkit.transport.mpi import MPITransport
+from hvdkit.transport.base import JobTransport
 
 
 class Channels:
@@ -32,7 +30,7 @@ class Channels:
         threaded: whether another thread than the caller's may communicate.
     """
 
-    def __init__(self, transport: MPITransport, groups: GroupMaker, *, threaded: bool) -> None:
+    def __init__(self, transport: JobTransport, groups: GroupMaker, *, threaded: bool) -> None:
         self._transport = transport
         self._groups = groups
         self._threaded = threaded
@@ -41,7 +39,7 @@ class Channels:
         self._used: dict[int, dict[str, tuple[weakref.ref[Any], Channel]]] = {}
 
     def make(
-        self, key: str, ranks: Sequence[int], transport: MPITransport, *, beside: bool = True
+        self, key: str, ranks: Sequence[int], transport: JobTransport, *, beside: bool = True
     ) -> Channel:
         """Return a channel of the transport's ranks.  Collective among them.
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
 
 from hvdkit import native
 from hvdkit.collectives.group import Group
+from hvdkit.collectives.hierarchical import ONE_NODE, Hierarchy, open_hierarchy
 from hvdkit.config import Config
 from hvdkit.engine.recording import Recording
 from hvdkit.native import Kernels
 from hvdkit.transport.arena import Arena
-from hvdkit.transport.base import Topology
-
-if TYPE_CHECKING:
-    from hvdkit.transport.mpi import MPITransport
+from hvdkit.transport.base import JobTransport, Topology
 
 #: How often a rank looks before it sleeps, on a thread beside those that compute.
 SPIN_BESIDE = 1000
@@ -39,7 +36,7 @@ class GroupMaker:
         self._spin = spin
         self._warned = False
 
-    def make(self, transport: MPITransport, track: str, *, beside: bool = False) -> Group:
+    def make(self, transport: JobTransport, track: str, *, beside: bool = False) -> Group:
         """Return a group of the transport's ranks.  Collective among them.
 
         Args:
@@ -50,16 +47,26 @@ class GroupMaker:
         spin = min(self._spin, SPIN_BESIDE) if beside else self._spin
         transport.backoff.spin = spin
         local, topology = transport.split_by_node()
-        arena = self._arena(local, topology, spin)
-        if isinstance(arena, str):
-            local.close()
-        group = Group(
-            transport,
-            self._kernels,
-            arena,
-            segment_bytes=self._config.segment_bytes,
-            spin=min(spin, 100),  # a look costs a Python-level call to MPI here
-        )
+        how = {
+            "segment_bytes": self._config.segment_bytes,
+            "spin": min(spin, 100),  # a look costs a Python-level call here
+        }
+        arena: Arena | str
+        hierarchy: Hierarchy | str
+        if topology.local_size < topology.size:
+            arena = "the ranks are on several nodes"
+            hierarchy = open_hierarchy(
+                transport,
+                local,
+                lambda: self._arena(local, topology, spin),
+                kernels=self._kernels,
+                **how,
+            )
+        else:
+            arena, hierarchy = self._arena(local, topology, spin), ONE_NODE
+            if isinstance(arena, str):
+                local.close()
+        group = Group(transport, self._kernels, arena, hierarchy=hierarchy, **how)
         group.recorder = self._recording.track(track)
         self._recording.stats.register(group.counts)
         return group
@@ -69,9 +76,9 @@ class GroupMaker:
         self._recording.stats.unregister(group.counts)
         group.close(in_step=in_step)
 
-    def _arena(self, local: MPITransport, topology: Topology, spin: int) -> Arena | str:
-        """Return the group's arena, or why there is none; the same on all its ranks."""
-        reason = self._why_no_arena(local, topology)
+    def _arena(self, local: JobTransport, topology: Topology, spin: int) -> Arena | str:
+        """Return the arena of this node's ranks, or why there is none; the same on all of them."""
+        reason = self._why_no_arena(local)
         if reason:
             return reason
         arena = Arena.create(
@@ -82,20 +89,18 @@ class GroupMaker:
         )
         if isinstance(arena, str) and topology.local_rank == 0 and not self._warned:
             warnings.warn(
-                f"no shared memory: {arena}. The ranks of this node exchange messages over MPI "
+                f"no shared memory: {arena}. The ranks of this node exchange messages "
                 "instead, which is slower; in a container, give it more with --shm-size",
                 stacklevel=7,
             )
         self._warned = True
         return arena
 
-    def _why_no_arena(self, local: MPITransport, topology: Topology) -> str:
+    def _why_no_arena(self, local: JobTransport) -> str:
         if not self._config.shm:
             return "HVDKIT_SHM=0"
         if not self._config.native:
             return "HVDKIT_NATIVE=0 leaves out the native module"
-        if topology.local_size < topology.size:
-            return "the ranks are on several nodes"
         missing = native.why_unavailable()
         mine = "" if missing is None else f"the native module is not there ({missing})"
         reasons = [text for text in local.allgather_object(mine) if text]

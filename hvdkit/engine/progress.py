@@ -45,6 +45,7 @@ from hvdkit.errors import (
     HorovodInternalError,
     HvdkitError,
     NotInitializedError,
+    PeerError,
 )
 from hvdkit.transport.mail import Mail
 
@@ -225,13 +226,19 @@ class Progress:
         """Nobody may wait for ever for a thread that is no more, whatever has ended it."""
         try:
             self._loop()
+        except PeerError as exc:
+            self._fail(exc)
         except BaseException as exc:
             log.exception("hvdkit's progress thread failed")
-            self._failure = HorovodInternalError(f"hvdkit's progress thread failed: {exc!r}")
-            self._failure.__cause__ = exc
-            for group in list(self._groups.values()):
-                group.abort(self._failure)
+            failure = HorovodInternalError(f"hvdkit's progress thread failed: {exc!r}")
+            failure.__cause__ = exc
+            self._fail(failure)
         self._leave()
+
+    def _fail(self, failure: HorovodInternalError) -> None:
+        self._failure = failure
+        for group in list(self._groups.values()):
+            group.abort(failure)
 
     def _loop(self) -> None:
         while not self._may_leave():
@@ -432,7 +439,10 @@ class Progress:
         return [use.handle for uses in lost.values() for use in uses if use is not None]
 
     def _leave(self) -> None:
-        """End whatever waits for this thread; if it failed, the others hear of it only now."""
+        """End whatever waits for this thread; if it failed, the others hear of it only now.
+
+        That a rank is lost they hear from the transport, each by itself.
+        """
         with self._lock:
             self._closing = True
             handles: list[Handle[Any]] = self._give_up_uses()
@@ -444,7 +454,7 @@ class Progress:
         )
         for handle in handles:
             handle.fail(error)
-        if self._failure is not None:
+        if self._failure is not None and not isinstance(self._failure, PeerError):
             with suppress(Exception):
                 if self._coordinator is None:
                     self.post(0, Announcement(leaving=True))

@@ -59,6 +59,9 @@ WAITING_IN = frozenset(
         "engine.handles",
         "transport.base",
         "transport.mpi",
+        "transport.tcp.link",
+        "transport.tcp.mesh",
+        "transport.tcp.transport",
     )
 )
 
@@ -318,4 +321,6 @@ def waits_for_others(frame: FrameType) -> bool:
     """Return whether a thread, of this innermost frame, waits for other ranks until they come."""
     if frame.f_code is Handle.wait.__code__ and frame.f_locals.get("timeout") is not None:
         return False
+    if frame.f_globals.get("__name__") == "threading" and frame.f_back is not None:
+        frame = frame.f_back  # threads that wait for messages over TCP do it in a Condition
     return frame.f_globals.get("__name__") in WAITING_IN

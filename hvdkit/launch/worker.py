@@ -8,22 +8,21 @@ import pickle
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
-from hvdkit.context import load_mpi
+from hvdkit.config import Config
 from hvdkit.errors import LauncherError, PeerError
 from hvdkit.launch.guard import leave_note
 from hvdkit.launch.parcel import Parcel, pack_result, unpack
-from hvdkit.transport.launcher import check_world
-
-if TYPE_CHECKING:
-    from hvdkit.transport.mpi import MPITransport
+from hvdkit.transport.base import JobTransport
+from hvdkit.transport.opening import open_world
 
 #: What other ranks, which fail for the same reason, have to leave their notes as well.
 _SECONDS_FOR_OTHERS = 0.5
@@ -34,8 +33,8 @@ def work(
 ) -> None:
     """Make the call that lies in `directory`.  Collective; ends this process if it fails.
 
-    Rank 0 reads the call and writes the results.  To and from the other ranks they travel over
-    MPI, so that only rank 0 need be on the launcher's host.
+    Rank 0 reads the call and writes the results.  To and from the other ranks they travel as
+    messages, so that only rank 0 need be on the launcher's host.
 
     Args:
         directory: the job's.
@@ -47,7 +46,7 @@ def work(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)  # a rank that is killed flushes nothing
-    transport: MPITransport | None = None
+    transport: JobTransport | None = None
     try:
         transport = _join(size)
         packed = transport.broadcast_object(_read(directory) if rank == 0 else b"", 0)
@@ -65,13 +64,17 @@ def work(
         _end_job(transport)
 
 
-def _join(size: int) -> MPITransport:
+def _join(size: int) -> JobTransport:
     """Return a transport over all ranks, when all of them have started.  Collective."""
-    mpi = load_mpi()
-    check_world(os.environ, mpi.world_size(), mpi.library_version())
-    transport: MPITransport = mpi.MPITransport.over(None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # init() will warn of unknown variables
+        config = Config.from_environment(os.environ)
+    opened = open_world(None, config, os.environ)
+    transport = opened.transport
     if transport.size != size:
-        raise LauncherError(f"run() started {size} ranks, but MPI sees {transport.size}")
+        raise LauncherError(
+            f"run() started {size} ranks, but this one is of {transport.size}, {opened.description}"
+        )
     transport.allgather_ints(np.zeros(1, np.int64))
     return transport
 
@@ -87,7 +90,7 @@ def _read(directory: Path) -> bytes:
         ) from exc
 
 
-def _hand_in(transport: MPITransport, result: bytes, directory: Path) -> None:
+def _hand_in(transport: JobTransport, result: bytes, directory: Path) -> None:
     """Write every rank's result to a file of its own, on rank 0.  Collective.
 
     Ranks that are ready wait without using their core; none leaves before all results are safe.
@@ -124,8 +127,8 @@ def _tell(directory: Path, rank: int, error: BaseException, *, show: bool) -> No
     )
 
 
-def _end_job(transport: MPITransport | None) -> NoReturn:
-    """End this process and with it, by MPI or for its status, all others."""
+def _end_job(transport: JobTransport | None) -> NoReturn:
+    """End this process and with it all others: by the transport, or for its status."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):  # the function may have put anything there
             stream.flush()

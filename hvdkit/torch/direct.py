@@ -35,7 +35,7 @@ _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 def moves(tensor: torch.Tensor, algorithm: str) -> bool:
     """Return whether the MPI library moves `tensor` from and to the device's memory."""
-    if algorithm != "mpi" or not tensor.is_cuda:
+    if algorithm != "mpi" or not tensor.is_cuda or context().kind != "mpi":
         return False
     told = context().config.cuda_aware
     return bool(load_mpi().cuda_aware() if told is None else told)

@@ -23,7 +23,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -32,9 +32,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdkit.arrays import aligned_empty
-from hvdkit.errors import HvdkitError, NotInitializedError, StallError
+from hvdkit.errors import HvdkitError, NotInitializedError, PeerError, StallError
 from hvdkit.transport.base import Bytes, Transport
-from hvdkit.transport.mail import SECONDS_TO_DELIVER, Mail, MessageMail, PipeMail
+from hvdkit.transport.mail import SECONDS_TO_DELIVER, Mail, MessageMail, PipeMail, WatchedMail
 
 log = logging.getLogger("hvdkit")
 
@@ -100,6 +100,7 @@ class Courier:
         check: seconds after which a wait is worth a warning; 0: never.
         shutdown: seconds after which it is an error; 0: never.
         ranks: what messages call the ranks, in their order; None: 0, 1, ...
+        look: raises PeerError if a rank is lost; None: whoever started the ranks sees to that.
     """
 
     def __init__(
@@ -110,11 +111,13 @@ class Courier:
         check: float = 0.0,
         shutdown: float = 0.0,
         ranks: Sequence[int] | None = None,
+        look: Callable[[], object] | None = None,
     ) -> None:
         self.rank, self.size = transport.rank, transport.size
         self._called = tuple(range(self.size) if ranks is None else ranks)
         self._limits = check, shutdown
-        self._mail, self._rings = _connect(transport, shared=shared)
+        mail, self._rings = _connect(transport, shared=shared)
+        self._mail: Mail = mail if look is None else WatchedMail(mail, look)
         self._peers = {rank: _Peer() for rank in range(self.size)}
         self._outbox: deque[tuple[int, _Sending]] = deque()
         self._inbox: dict[tuple[int, Hashable], deque[NDArray[Any]]] = {}
@@ -185,6 +188,8 @@ class Courier:
             self._rings.close()
 
     def _check(self) -> None:
+        if isinstance(self._failure, PeerError):
+            raise PeerError(str(self._failure)) from self._failure
         if self._failure is not None:
             raise HvdkitError(f"hvdkit's courier failed: {self._failure!r}") from self._failure
         if self._closing:
@@ -198,6 +203,8 @@ class Courier:
                 self._collect()
                 for source, message in self._mail.receive(0.1 if self._closing else None):
                     self._take(source, message)
+        except PeerError as exc:
+            self._failure = exc
         except BaseException as exc:
             log.exception("hvdkit's courier failed")
             self._failure = exc

@@ -16,11 +16,13 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
 
+from hvdkit.errors import PeerError
 from hvdkit.transport.base import Backoff, Bytes, Request, Transport
 
 #: Writes of up to this many bytes into a pipe do not mix [POSIX, write()].  Linux's value.
@@ -174,6 +176,34 @@ class PipeMail:
         return messages
 
 
+class WatchedMail:
+    """Mail that fails when a rank is lost, of which pipes tell nothing.
+
+    Where no launcher ends the others, they would wait for that rank's messages for ever.
+
+    Args:
+        mail: any.
+        look: raises PeerError if a rank is lost; called once a second and more often.
+    """
+
+    SECONDS = 1.0
+
+    def __init__(self, mail: Mail, look: Callable[[], object]) -> None:
+        self._mail = mail
+        self._look = look
+        self.send = mail.send
+        self.wake = mail.wake
+        self.close = mail.close
+
+    def receive(self, timeout: float | None) -> list[tuple[int, bytes]]:
+        messages = self._mail.receive(
+            self.SECONDS if timeout is None else min(timeout, self.SECONDS)
+        )
+        if not messages:
+            self._look()
+        return messages
+
+
 class MessageTransport(Transport, Protocol):
     """A transport that can also take messages whose coming nobody knew of."""
 
@@ -202,7 +232,7 @@ class MessageMail:
         deadline = None if timeout is None else time.monotonic() + timeout
         self._backoff.reset()
         while True:
-            while self._sent and self._sent[0][0].Test():
+            while self._sent and _is_over(self._sent[0][0]):
                 self._sent.popleft()
             messages = []
             while (found := self._transport.incoming()) is not None:
@@ -221,6 +251,18 @@ class MessageMail:
 
     def close(self) -> None:
         deadline = time.monotonic() + SECONDS_TO_DELIVER
-        while self._sent and time.monotonic() < deadline:
-            self.receive(0.0)
-            self._backoff.pause()
+        with suppress(PeerError):
+            while self._sent and time.monotonic() < deadline:
+                self.receive(0.0)
+                self._backoff.pause()
+
+
+def _is_over(request: Request) -> bool:
+    """Return whether a message was sent, or never will be: to a peer that is gone.
+
+    What waits for that peer finds out.
+    """
+    try:
+        return request.Test()
+    except PeerError:
+        return True

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hvdkit.config import KIB, MIB, Config
+from hvdkit.config import KIB, MIB, NOT_CONFIGURATION, Config
 from hvdkit.errors import ConfigError
 
 
@@ -150,3 +150,37 @@ def test_whether_mpi_is_given_the_memory_of_gpus():
     assert read().cuda_aware is None
     assert read(HVDKIT_CUDA_AWARE="1").cuda_aware is True
     assert read(HVDKIT_CUDA_AWARE="0").cuda_aware is False
+
+
+def test_how_the_ranks_join():
+    assert read().transport == "auto"
+    assert read(HVDKIT_TRANSPORT=" TCP ").transport == "tcp"
+    with pytest.raises(ConfigError, match="HVDKIT_TRANSPORT='udp': expected auto, mpi or tcp"):
+        read(HVDKIT_TRANSPORT="udp")
+
+
+@pytest.mark.parametrize("name", ["HVDKIT_TCP_INTERFACES", "HOROVOD_GLOO_IFACE"])
+def test_network_interfaces(name):
+    assert read().tcp_interfaces == ()
+    assert read(**{name: "eth1, ib0,"}).tcp_interfaces == ("eth1", "ib0")
+
+
+@pytest.mark.parametrize(
+    "name", ["HVDKIT_START_TIMEOUT", "HOROVOD_START_TIMEOUT", "HOROVOD_GLOO_TIMEOUT_SECONDS"]
+)
+def test_how_long_ranks_wait_for_each_other_to_start(name):
+    assert read().start_timeout == 120
+    assert read(**{name: "7.5"}).start_timeout == 7.5
+    with pytest.raises(ConfigError, match=f"{name}='0': expected a number of seconds, more than 0"):
+        read(**{name: "0"})
+
+
+def test_how_long_a_peer_may_be_silent():
+    assert read().peer_timeout == 30
+    assert read(HVDKIT_PEER_TIMEOUT="5").peer_timeout == 5
+    with pytest.raises(ConfigError, match="HVDKIT_PEER_TIMEOUT='0'"):
+        read(HVDKIT_PEER_TIMEOUT="0")
+
+
+def test_what_launchers_tell_a_rank_is_no_configuration():
+    assert read(**dict.fromkeys(NOT_CONFIGURATION, "1")) == Config()

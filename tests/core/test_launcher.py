@@ -10,6 +10,7 @@ LIBRARY = "Example MPI 5.0\nmore about it"
 ALL = [
     ("OMPI_COMM_WORLD_SIZE", "mpirun"),
     ("PMI_SIZE", "mpiexec"),
+    ("HVDKIT_SIZE", "hvdrun --tcp"),
     ("HOROVOD_SIZE", "horovodrun in Gloo mode"),
     ("SLURM_STEP_NUM_TASKS", "srun"),
     ("SLURM_NTASKS", "Slurm"),
@@ -63,3 +64,42 @@ def test_one_process_on_each_of_four_nodes_is_four_processes():
 def test_the_launcher_that_started_the_process_is_named_first():
     with pytest.raises(LauncherError, match="OMPI_COMM_WORLD_SIZE=2"):
         check_world({"SLURM_NTASKS": "4", "OMPI_COMM_WORLD_SIZE": "2"}, 1, LIBRARY)
+
+
+@pytest.mark.parametrize(
+    ("given", "library", "mismatch", "flag"),
+    [
+        (
+            {},
+            "Open MPI v5.0.8",
+            "Slurm gave the process no PMI; this MPI library asks for PMIx. ",
+            "srun --mpi=pmix (",
+        ),
+        (
+            {"PMI_RANK": "0"},
+            "Open MPI v5.0.8",
+            "Slurm gave the process PMI-2; this MPI library asks for PMIx. ",
+            "srun --mpi=pmix (",
+        ),
+        (
+            {"PMIX_RANK": "0"},
+            "MPICH Version: 4.3",
+            "Slurm gave the process PMIx; this MPI library asks for PMI-2 (or PMIx, ",
+            "srun --mpi=pmi2 (",
+        ),
+        ({}, "", "unsynchronised copies.\nStart it", "srun --mpi=pmix or pmi2 ("),
+    ],
+)
+def test_where_slurm_and_mpi_do_not_fit_the_mismatch_is_named(given, library, mismatch, flag):
+    slurm = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"}
+    with pytest.raises(LauncherError) as error:
+        check_world(slurm | given, 1, library)
+    message = str(error.value)
+    assert mismatch in message
+    assert f"Start it with {flag}srun --mpi=list says what this Slurm has)" in message
+    assert "HVDKIT_TRANSPORT=tcp" in message
+
+
+def test_what_torchruns_variables_lack_is_named():
+    with pytest.raises(LauncherError, match="or set RANK and MASTER_PORT as well"):
+        check_world({"WORLD_SIZE": "4", "MASTER_ADDR": "node1"}, 1, LIBRARY)

@@ -73,7 +73,7 @@ def test_environments_have_defaults_which_the_user_overrides():
     five = mpirun.environment(OPEN_MPI_5, {"A": "1"}, root=False)
     assert five == {
         "A": "1",
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "PRTE_MCA_rmaps_default_mapping_policy": "slot:oversubscribe",
         "PRTE_MCA_hwloc_default_binding_policy": "none",
     }
     mine = {"PRTE_MCA_hwloc_default_binding_policy": "core"}

@@ -12,7 +12,7 @@ from hvdkit.errors import NotInitializedError
 @pytest.fixture
 def job(monkeypatch):
     """A job of which only what is asked for is there."""
-    context = SimpleNamespace(local_sizes=(2, 2))
+    context = SimpleNamespace(local_sizes=(2, 2), kind="mpi", threaded=True)
     monkeypatch.setattr(api, "_context", context)
     return context
 
@@ -45,21 +45,17 @@ def test_nccl_version_is_a_number():
     assert not isinstance(queries.nccl_built(), bool)
 
 
-@pytest.mark.usefixtures("job")
-def test_mpi_is_enabled_between_init_and_shutdown(monkeypatch):
+def test_mpi_is_enabled_between_init_and_shutdown(job, monkeypatch):
     assert queries.mpi_enabled() is True
+    job.kind = "tcp"
+    assert queries.mpi_enabled() is False
     monkeypatch.setattr(api, "_context", None)
     assert queries.mpi_enabled() is False
 
 
-@pytest.mark.parametrize(
-    ("level", "answer"),
-    [("single", False), ("funneled", False), ("serialized", False), ("multiple", True)],
-)
-@pytest.mark.usefixtures("job")
-def test_threads(monkeypatch, level, answer):
-    library = SimpleNamespace(threads_level=lambda: level)
-    monkeypatch.setattr(queries, "load_mpi", lambda: library)
+@pytest.mark.parametrize("answer", [False, True])
+def test_threads(job, answer):
+    job.threaded = answer
     assert queries.mpi_threads_supported() is answer
 
 
@@ -70,7 +66,6 @@ def test_homogeneous(job, local_sizes, answer):
 
 
 @pytest.mark.parametrize("name", ["mpi_threads_supported", "is_homogeneous"])
-def test_what_needs_a_job_says_so_and_starts_no_mpi(monkeypatch, name):
-    monkeypatch.setattr(queries, "load_mpi", lambda: pytest.fail("MPI was started"))
+def test_what_needs_a_job_says_so(name):
     with pytest.raises(NotInitializedError, match=r"call hvd\.init\(\) first"):
         getattr(queries, name)()

@@ -63,7 +63,7 @@ def test_too_little_is_one_warning_and_right_results(little_tmpfs):
     outcome = run_sums(little_tmpfs)
     assert outcome.stderr.count("no shared memory: ") == 1
     assert f"cannot be had in {little_tmpfs}" in outcome.stderr
-    assert "over MPI" in outcome.stderr
+    assert "exchange messages instead" in outcome.stderr
     assert "--shm-size" in outcome.stderr
 
 

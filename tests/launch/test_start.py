@@ -33,15 +33,21 @@ def test_a_singleton_that_is_meant():
 
 
 def test_no_mpi_library():
-    outcome = python("-c", INIT, MPI4PY_LIBMPI="/nonexistent/libmpi.so")
+    environment = {"MPI4PY_LIBMPI": "/nonexistent/libmpi.so"}
+    outcome = python("-c", INIT, **environment, HVDKIT_TRANSPORT="mpi")
     if outcome.status == 0:
         pytest.skip("this mpi4py is built for one MPI library and takes no other")
     assert_says_what_to_install(outcome)
+    alone = python("-c", INIT, **environment)
+    assert (alone.status, alone.stdout) == (0, "size 1\n"), alone.stderr
 
 
 def test_no_mpi4py():
-    outcome = python("-c", "import sys; sys.modules['mpi4py'] = None\n" + INIT)
-    assert_says_what_to_install(outcome)
+    script = "import sys; sys.modules['mpi4py'] = None\n" + INIT
+    assert_says_what_to_install(python("-c", script, HVDKIT_TRANSPORT="mpi"))
+    assert_says_what_to_install(python("-c", script, OMPI_COMM_WORLD_RANK="0"))
+    alone = python("-c", script)
+    assert (alone.status, alone.stdout) == (0, "size 1\n"), alone.stderr
 
 
 def assert_says_what_to_install(outcome):

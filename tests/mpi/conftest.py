@@ -1,4 +1,4 @@
-"""Run under mpirun: every rank runs the same tests; one rank's failure ends them all."""
+"""Run by mpirun or tests/tcp_jobs.py: all ranks run the same tests; one failure ends them all."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ from hvdkit.api import context
 hvd.init()
 
 RANK, SIZE = hvd.rank(), hvd.size()
-SECONDS_TO_FORWARD = 0.5  # what mpirun may need to pass a rank's last words on
+SECONDS_TO_FORWARD = 0.5  # what the launcher may need to pass a rank's last words on
 
 
 def fail(where: str, why: str) -> None:
@@ -31,6 +31,17 @@ def pytest_configure(config):
     capture = config.pluginmanager.getplugin("capturemanager")
     if RANK != 0:  # all ranks would print the same
         config.pluginmanager.unregister(name="terminalreporter")
+
+
+def pytest_runtest_setup(item):
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    missing = {
+        "shm": context().group.arena is None,
+        "hierarchical": context().group.hierarchy is None,
+        "mpi": context().kind != "mpi",
+    }
+    if missing.get(parameters.get("algorithm")):
+        pytest.skip("this algorithm cannot be had here")
 
 
 def pytest_collectreport(report):

@@ -14,6 +14,8 @@ from hvdkit.transport.device import DeviceArray
 RANK, SIZE = hvd.rank(), hvd.size()
 LENGTHS = (0, 1, 1000)
 
+pytestmark = pytest.mark.skipif(context().kind != "mpi", reason="the ranks are not MPI processes")
+
 
 # Whether the library can do it
 

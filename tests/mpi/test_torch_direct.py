@@ -15,6 +15,8 @@ from hvdkit.torch import direct  # noqa: E402  (torch may be missing)
 RANK, SIZE = hvd.rank(), hvd.size()
 LENGTHS = (0, 1, 1000)
 
+pytestmark = pytest.mark.skipif(context().kind != "mpi", reason="the ranks are not MPI processes")
+
 
 @pytest.fixture
 def on_device(monkeypatch):
@@ -110,9 +112,11 @@ def test_what_the_library_is_trusted_with(monkeypatch):
     assert not direct.reduces(on_gpu(torch.int32), hvd.Sum, "mpi")
     assert not direct.reduces(tensor, hvd.Adasum, "mpi")
     assert not direct.reduces(tensor, "no operation", "mpi")
-    told = SimpleNamespace(config=SimpleNamespace(cuda_aware=False))
+    told = SimpleNamespace(kind="mpi", config=SimpleNamespace(cuda_aware=False))
     monkeypatch.setattr(direct, "context", lambda: told)
     assert not direct.moves(tensor, "mpi")
     aware.cuda_aware = lambda: False
     told.config.cuda_aware = True
     assert direct.moves(tensor, "mpi")
+    told.kind = "tcp"
+    assert not direct.moves(tensor, "mpi")

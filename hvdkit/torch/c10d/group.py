@@ -12,7 +12,7 @@ import torch
 from torch import distributed as dist
 
 from hvdkit.api import context, is_initialized
-from hvdkit.context import Context, load_mpi
+from hvdkit.context import Context
 from hvdkit.engine.handles import Handle
 from hvdkit.errors import HorovodInternalError
 from hvdkit.torch.c10d import movements, reductions
@@ -45,8 +45,7 @@ class ProcessGroup(_Base):  # type: ignore[misc]
         seconds = timeout.total_seconds()
         self._limit = TimeLimit(self._channel, seconds)
         messages: Any = self._channel.group.transport
-        threaded = load_mpi().threads_level() == "multiple"
-        self._messages = Messages(messages.duplicate(), seconds, threaded=threaded)
+        self._messages = Messages(messages.duplicate(), seconds, threaded=here.threaded)
         self._lane_thread = 0
 
     # What torch asks of every group

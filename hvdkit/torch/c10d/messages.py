@@ -15,13 +15,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from copy import copy
 from typing import Any
 
 import numpy as np
 
 from hvdkit.engine.handles import Handle
-from hvdkit.errors import ArgumentError, HorovodInternalError, MismatchError
+from hvdkit.errors import ArgumentError, HorovodInternalError, MismatchError, PeerError
 from hvdkit.transport.base import Backoff, Bytes, Request
 
 #: Messages from one rank to another that may be under way at once.  Tags reach 32767 at least.
@@ -35,7 +34,7 @@ class Messages:
     """The messages among the ranks of a transport.  Threads may share it.
 
     Args:
-        transport: over MPI; nothing else goes over it.
+        transport: of the group; nothing else goes over it.
         seconds: for which a message is waited for, unless told otherwise.
         threaded: whether another thread than the caller's may communicate.  If not, messages
             only move while some message is waited for.
@@ -96,12 +95,6 @@ class Messages:
             self._thread.join()
         self.progress()
         self.transport.close()
-
-    def tagged(self, tag: int) -> Any:
-        """Return a view of the transport whose messages have `tag`."""
-        view = copy(self.transport)
-        view.TAG = tag
-        return view
 
     def new_tag(self) -> int:
         """Return the tag of a message's data: odd, where the users' tags make even ones."""
@@ -195,25 +188,33 @@ class Message:
     # For `Messages`
 
     def post(self, peer: int | None) -> None:
-        """Hand it to MPI; without a `peer`, as soon as one has sent."""
+        """Hand it to the transport; without a `peer`, as soon as one has sent."""
         self._peer = peer
         if peer is None:
             return
-        headers, header = self._among.tagged(self._tag), self._header.view(np.uint8)
+        among, header = self._among.transport, self._header.view(np.uint8)
+        headers = among.tagged(self._tag)
         if self._finish is not None:
             self._requests = [headers.irecv(header, peer)]
             return
         self._header[:] = self._data.size, self._among.new_tag()
-        data = self._among.tagged(int(self._header[1]))
+        data = among.tagged(int(self._header[1]))
         self._requests = [headers.isend(header, peer), data.isend(self._data, peer)]
 
     def advance(self, stop: Exception | None) -> bool:
-        """Move it on; return whether it is complete, or ended by `stop`."""
+        """Move it on; return whether it is complete, or ended: by `stop`, or for a lost rank."""
         if stop is not None:
             self._error = stop
             return True
+        try:
+            return self._advance()
+        except PeerError as exc:
+            self._error = exc
+            return True
+
+    def _advance(self) -> bool:
         if not self._requests:
-            found = self._among.tagged(self._tag).incoming()
+            found = self._among.transport.tagged(self._tag).incoming()
             if found is None:
                 return False
             self.post(found[0])
@@ -243,4 +244,4 @@ class Message:
                 f"{self._data.size}\nSend and receive tensors of the same shape and dtype."
             )
             self._data = np.empty(nbytes, np.uint8)  # to be rid of it
-        self._requests.append(self._among.tagged(tag).irecv(self._data, self._peer))
+        self._requests.append(self._among.transport.tagged(tag).irecv(self._data, self._peer))

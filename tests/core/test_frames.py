@@ -1,0 +1,120 @@
+"""What ranks tell each other before a collective, over messages."""
+
+import numpy as np
+import pytest
+
+from hvdkit.collectives import frames
+from hvdkit.collectives.frames import Frames
+
+from .worlds import on_ranks
+
+NOTHING = np.empty(0, np.int64)
+
+
+def counted(transport):
+    """Return the frames of a rank, and the list in which its all-gathers leave their lengths."""
+    lengths = []
+    plain = transport.allgather_ints
+
+    def allgather_ints(values):
+        lengths.append(len(values))
+        return plain(values)
+
+    transport.allgather_ints = allgather_ints
+    return Frames(transport), lengths
+
+
+@pytest.mark.parametrize("signature", [1, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("length", [0, 1, 128, 129, 5000])
+def test_everyone_learns_everything(signature, length):
+    def body(transport):
+        mine = np.arange(length) + transport.rank
+        gathered = Frames(transport).gather(signature, mine)
+        assert gathered.shape == (3, length)
+        for rank, theirs in enumerate(gathered):
+            assert (theirs == np.arange(length) + rank).all()
+
+    on_ranks(3, body)
+
+
+def test_signatures_that_differ_are_seen_by_all_however_much_each_has_to_tell():
+    def body(transport):
+        made = Frames(transport)
+        assert made.gather(transport.rank, np.ones(1000 * transport.rank, np.int64)) is None
+        assert made.gather(7, NOTHING).shape == (3, 0)
+
+    on_ranks(3, body)
+
+
+def test_what_fits_travels_with_the_signature():
+    def body(transport):
+        made, lengths = counted(transport)
+        for length in (0, 1, 128, 129):
+            made.gather(length, np.ones(length, np.int64))
+        return lengths
+
+    usual = 1 + 128
+    assert on_ranks(2, body) == [[usual, usual, usual, usual, 129]] * 2
+
+
+def test_many_ranks_have_short_frames():
+    def body(transport):
+        made, lengths = counted(transport)
+        made.gather(1, NOTHING)
+        return lengths
+
+    assert on_ranks(8, body) == [[1 + 32]] * 8
+
+
+def test_a_frame_is_as_long_as_the_call_that_is_expected():
+    """Steps of three calls, of which one has much to tell: from the second on it tells at once."""
+
+    def body(transport):
+        made, lengths = counted(transport)
+        for _ in range(3):
+            for signature, length in ((1, 3), (2, 1000), (3, 0)):
+                made.gather(signature, np.ones(length, np.int64))
+        return lengths
+
+    usual = 129
+    first, later = [usual, usual, 1000, usual], [usual, 1001, usual]
+    assert on_ranks(2, body) == [[*first, *later, *later]] * 2
+
+
+def test_what_is_expected_in_vain_is_forgotten():
+    def body(transport):
+        made, lengths = counted(transport)
+        for length in (1000, 1000, 0, 0, 1000):
+            made.gather(5, np.ones(length, np.int64))
+        return lengths
+
+    # After a call comes a long one, then a short one, then a long one again.
+    assert on_ranks(2, body) == [[129, 1000, 129, 1000, 1001, 129, 129, 1000]] * 2
+
+
+def test_after_a_difference_nothing_is_expected():
+    """A rank that was in another call has not seen what the others had to tell."""
+
+    def body(transport):
+        made, lengths = counted(transport)
+        for signature in (1, 1, 1 + transport.rank, 1):
+            made.gather(signature, np.ones(1000, np.int64))
+        return lengths
+
+    assert on_ranks(2, body) == [[129, 1000, 129, 1000, 1001, 129, 1000]] * 2
+
+
+def test_frames_and_what_is_expected_have_bounds(monkeypatch):
+    monkeypatch.setattr(frames, "MOST_EXPECTED", 3)
+    beyond = frames.LARGEST_FRAMES // 2 // 8 + 1
+
+    def body(transport):
+        made, lengths = counted(transport)
+        for _ in range(2):
+            made.gather(1, np.ones(beyond, np.int64))
+        for signature in range(20):
+            made.gather(signature, np.ones(200, np.int64))
+            assert len(made._following) <= 3
+        return lengths[:4]
+
+    assert on_ranks(2, body) == [[129, beyond, 129, beyond]] * 2
