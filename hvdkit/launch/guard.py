@@ -1,4 +1,4 @@
-"""The process that mpirun starts for a rank: it forks the rank, outlives it, and says how it ended.
+"""The process that is started for a rank: it forks the rank, outlives it, and says how it ended.
 
 * A rank that is killed leaves no word of its own, and mpirun then kills the others: its guard
   notes which rank was the first, and what happened to it.
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 #: Where launchers put a process's rank.
-_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+_RANKS = ("HVDKIT_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 
 #: The status of a rank that was told to end: the shell's for SIGTERM.
 _TOLD = 128 + signal.SIGTERM
@@ -42,7 +42,7 @@ def main() -> int:
     directory = Path(task["directory"])
     rank = next((int(os.environ[name]) for name in _RANKS if name in os.environ), None)
     if rank is None:
-        sys.exit(f"hvdkit: mpirun tells its processes no rank: none of {', '.join(_RANKS)} is set")
+        sys.exit(f"hvdkit: the launcher tells no rank: none of {', '.join(_RANKS)} is set")
     if task["output"]:
         _redirect(Path(task["output"]) / folder_name(rank, task["size"]))
     lifeline = _open_lifeline(directory, task["host"])

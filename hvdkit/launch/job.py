@@ -1,4 +1,4 @@
-"""A job from its start to its end: mpirun, the ranks' notes, and an end to them all in any case."""
+"""A job from its start to its end: its launcher, the ranks' notes, and an end to them all."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from hvdkit.errors import HvdkitError, LauncherError, describe_by_rank
 
 #: Between two looks at the job's directory.
 _SECONDS_BETWEEN_LOOKS = 0.1
-#: What mpirun may take to end the other ranks when one has failed.
+#: What the launcher may take to end the other ranks when one has failed.
 _SECONDS_AFTER_FAILURE = 20.0
-#: What mpirun may take to end the ranks when told to.
+#: What the launcher may take to end the ranks when told to.
 _SECONDS_TO_END = 10.0
 
 
@@ -47,11 +47,11 @@ class Failure:
 
 
 class Job:
-    """A running mpirun with its ranks; leaving the context ends whatever is left of it.
+    """A running launcher with its ranks; leaving the context ends whatever is left of it.
 
     Args:
-        command: mpirun and all its arguments.
-        environment: mpirun's.
+        command: mpirun, or hvdrun, and all its arguments.
+        environment: the launcher's.
         directory: private to this job; the lifeline and the ranks' notes are in it.
     """
 
@@ -71,7 +71,7 @@ class Job:
             raise LauncherError(f"{command[0]} cannot be started: {exc}") from exc
 
     def wait(self, *, start_timeout: float, timeout: float | None) -> int:
-        """Return mpirun's exit status.
+        """Return the launcher's exit status.
 
         Returns in bounded time after the first rank has failed, too.
 
@@ -96,7 +96,7 @@ class Job:
             if now - began > start_timeout and not (self._directory / "started").exists():
                 raise LauncherError(
                     f"not all ranks had started after {start_timeout:g} s; give more with "
-                    "start_timeout= or HOROVOD_START_TIMEOUT. What mpirun said is on stderr"
+                    "start_timeout= or HOROVOD_START_TIMEOUT. What the launcher said is on stderr"
                 )
 
     def __enter__(self) -> Job:
@@ -111,7 +111,7 @@ class Job:
         self._end()
 
     def _end(self) -> None:
-        """Ask mpirun to end the ranks; then let go of the lifeline, which no rank survives."""
+        """Ask the launcher to end the ranks; then drop the lifeline, which no rank survives."""
         try:
             if self._process.poll() is None:
                 self._process.terminate()
@@ -125,8 +125,8 @@ class Job:
                 self._lifeline = -1
 
 
-def read_results(directory: Path, size: int, status: int) -> list[Any]:
-    """Return the ranks' results in rank order, after mpirun has ended with `status`.
+def read_results(directory: Path, size: int, status: int, *, launcher: str) -> list[Any]:
+    """Return the ranks' results in rank order, after `launcher` has ended with `status`.
 
     Raises:
         JobError: a rank has failed; shows the first one's traceback.
@@ -134,11 +134,11 @@ def read_results(directory: Path, size: int, status: int) -> list[Any]:
     """
     files = [directory / f"result-{rank}" for rank in range(size)]
     if not all(file.exists() for file in files):
-        raise _explain(directory, size, status)
+        raise _explain(directory, size, status, launcher)
     if status != 0:
         warnings.warn(
-            f"all ranks returned a result, but mpirun ended with status {status}: a rank failed "
-            "after its function had returned",
+            f"all ranks returned a result, but {launcher} ended with status {status}: a rank "
+            "failed after its function had returned",
             stacklevel=3,
         )
     return [_load(file, rank) for rank, file in enumerate(files)]
@@ -176,18 +176,18 @@ def _raise_terminated(*_: object) -> None:
     raise _Terminated
 
 
-def _explain(directory: Path, size: int, status: int) -> HvdkitError:
+def _explain(directory: Path, size: int, status: int, launcher: str) -> HvdkitError:
     """Return the error of a job without results."""
     notes = [Failure(**json.loads(file.read_text())) for file in directory.glob("failure-*.json")]
     if not notes:
         if (directory / "started").exists():
             return JobError(
-                f"mpirun ended with status {status} before all {size} ranks had returned. What it "
-                "said is on stderr, and what ranks on other hosts said"
+                f"{launcher} ended with status {status} before all {size} ranks had returned. What "
+                "it said is on stderr, and what ranks on other hosts said"
             )
         return LauncherError(
-            f"mpirun ended with status {status} before all {size} ranks had started. What it said "
-            "is on stderr, and what ranks on other hosts said"
+            f"{launcher} ended with status {status} before all {size} ranks had started. What it "
+            "said is on stderr, and what ranks on other hosts said"
         )
     first, *others = sorted(notes, key=lambda note: (note.secondary, note.time))
     message = f"rank {first.rank} of {size} {first.what}\n"

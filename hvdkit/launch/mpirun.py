@@ -25,12 +25,15 @@ _TOLD_BY_LAUNCHERS = re.compile(
     r"|OMPI_MCA_(PREFIXES|cpu_type|ess|ess_.*|initial_wdir|mpi_oversubscribe|num_procs|orte_.*"
     r"|pmix|shmem_RUNTIME_QUERY_hint)"
     r"|OPAL_USER_PARAMS_GIVEN|PRTE_(LAUNCHED|SHARED_FS)|MPI_LOCAL(NRANKS|RANKID)"
-    r"|HOROVOD_(RANK|SIZE|LOCAL_RANK|LOCAL_SIZE|CROSS_RANK|CROSS_SIZE|HOSTNAME)"
+    r"|(HOROVOD|HVDKIT)_(RANK|SIZE|LOCAL_RANK|LOCAL_SIZE|CROSS_RANK|CROSS_SIZE|HOSTNAME)"
+    r"|HOROVOD_(GLOO_RENDEZVOUS_ADDR|GLOO_RENDEZVOUS_PORT|CONTROLLER|CPU_OPERATIONS)"
+    r"|HVDKIT_(RENDEZVOUS_ADDR|RENDEZVOUS_PORT|SECRET)|_HVDKIT_RANK_PROCESS"
 )
 
 #: What describes one host or login, and must not be sent to others; mpirun itself sends MPI's own.
 _OF_THIS_HOST = re.compile(
     r"(OMPI|PRTE|PMIX|OPAL|SLURM|SSH|XDG)_.*|HOSTNAME|PWD|OLDPWD|SHLVL|TMPDIR|DISPLAY|_|.*\W.*"
+    r"|HOME|USER|LOGNAME|SHELL|MAIL"
 )
 
 _OPEN_MPI_AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -155,8 +158,7 @@ def command(
             raise UnsupportedError("MPICH's mpirun takes one of network_interfaces, not several")
         line += ["-iface", *interfaces] if interfaces else []
     elif hosts:  # Hydra sends the environment by itself
-        kept = sorted(name for name in names if not _OF_THIS_HOST.fullmatch(name))
-        line += [word for name in kept for word in ("-x", name)]
+        line += [word for name in sorted(filter(travels, names)) for word in ("-x", name)]
     return [*line, *arguments]
 
 
@@ -168,7 +170,7 @@ def environment(
     More ranks than cores are allowed, ranks are not bound to cores (a rank's threads would share
     one), and `root` may run them.  What an outer launcher told this process is left out.
     """
-    kept = {name: text for name, text in inherited.items() if not _told_by_launcher(name)}
+    kept = without_launchers(inherited)
     if mpirun.open_mpi is None:
         return kept
     defaults = dict(_OPEN_MPI_AS_ROOT) if root else {}
@@ -176,7 +178,8 @@ def environment(
         defaults["OMPI_MCA_rmaps_base_oversubscribe"] = "1"
         defaults["OMPI_MCA_hwloc_base_binding_policy"] = "none"
     else:
-        defaults["PRTE_MCA_rmaps_default_mapping_policy"] = ":oversubscribe"
+        # Without "slot", all ranks are put on the first of several hosts.
+        defaults["PRTE_MCA_rmaps_default_mapping_policy"] = "slot:oversubscribe"
         defaults["PRTE_MCA_hwloc_default_binding_policy"] = "none"
     networks = {}
     if interfaces:
@@ -186,8 +189,61 @@ def environment(
     return defaults | kept | networks
 
 
-def _told_by_launcher(name: str) -> bool:
-    return _TOLD_BY_LAUNCHERS.fullmatch(name) is not None
+def reach(mpirun: Mpirun, remote_shell: Sequence[str]) -> dict[str, str]:
+    """Return the variables that let mpirun reach other hosts by a command in ssh's place."""
+    program, arguments = remote_shell[0], " ".join(remote_shell[1:])
+    if mpirun.open_mpi is None:
+        kind = "ssh" if Path(program).name == "ssh" else "rsh"  # which gets no options of ssh's
+        named = {"HYDRA_LAUNCHER": kind, "HYDRA_LAUNCHER_EXEC": shutil.which(program) or program}
+        return named | ({"HYDRA_LAUNCHER_EXTRA_ARGS": arguments} if arguments else {})
+    prefix = "OMPI_MCA_plm_rsh" if mpirun.open_mpi == 4 else "PRTE_MCA_plm_ssh"
+    return {f"{prefix}_agent": program} | ({f"{prefix}_args": arguments} if arguments else {})
+
+
+def travels(name: str) -> bool:
+    """Return whether a variable of that name makes sense on other hosts."""
+    return _OF_THIS_HOST.fullmatch(name) is None
+
+
+def without_launchers(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment without what an outer launcher has told this process."""
+    return {name: text for name, text in environ.items() if not _TOLD_BY_LAUNCHERS.fullmatch(name)}
+
+
+def check_fits(mpirun: Mpirun, python: str, environ: Mapping[str, str]) -> None:
+    """Check that `mpirun` belongs to the MPI library that mpi4py loads in `python`.
+
+    Raises:
+        LauncherError: it does not, or mpi4py loads none: its ranks would not know of each other.
+    """
+    asking = (
+        "import mpi4py; mpi4py.rc(initialize=False, finalize=False); from mpi4py import MPI; "
+        "print(MPI.Get_library_version())"
+    )
+    try:
+        asked = subprocess.run(
+            [python, "-c", asking],
+            env=without_launchers(environ),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        raise LauncherError(f"{python} cannot be asked for its MPI library: {exc}") from exc
+    said = (asked.stdout.strip("\x00 \n") or "nothing").splitlines()[0]
+    if asked.returncode != 0:
+        error = (asked.stderr.strip().splitlines() or [f"status {asked.returncode}"])[-1]
+        raise LauncherError(f"mpi4py loads no MPI library in {python} ({error})")
+    match = re.search(r"Open MPI v(\d+)", said)
+    library = int(match[1]) if match else None
+    if library != mpirun.open_mpi or (match is None and "MPICH" not in said):
+        own = "MPICH" if mpirun.open_mpi is None else f"Open MPI {mpirun.open_mpi}"
+        raise LauncherError(
+            f"{mpirun.path} is {own}'s, but the MPI library that mpi4py loads in {python} is "
+            f"{said}: its ranks would be worlds of one"
+        )
 
 
 def _host(text: str, pattern: str, example: str) -> Host:

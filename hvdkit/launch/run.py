@@ -13,19 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hvdkit.errors import ArgumentError, ConfigError, UnsupportedError
-from hvdkit.launch import guard
+from hvdkit.errors import ArgumentError, ConfigError, LauncherError, UnsupportedError
+from hvdkit.launch import guard, mpirun
 from hvdkit.launch.job import Job, read_results, unwinding_on_sigterm
-from hvdkit.launch.mpirun import (
-    Host,
-    command,
-    environment,
-    find_mpirun,
-    identify,
-    parse_hostfile,
-    parse_hosts,
-)
+from hvdkit.launch.mpirun import Host, Mpirun, parse_hostfile, parse_hosts
 from hvdkit.launch.parcel import pack
+from hvdkit.launch.start import SHELL, Launch, find_mpi, mpirun_line, remote_shell
 
 R = TypeVar("R")
 
@@ -33,7 +26,6 @@ R = TypeVar("R")
 _START_TIMEOUT = 120.0
 
 _NOT_ELASTIC = "a job keeps the ranks that it starts with; elastic jobs are not supported"
-_SSH = "mpirun does the logging in; write it in ~/.ssh/config"
 _UNSUPPORTED = {
     "min_num_proc": _NOT_ELASTIC,
     "max_num_proc": _NOT_ELASTIC,
@@ -43,13 +35,16 @@ _UNSUPPORTED = {
     "reset_limit": _NOT_ELASTIC,
     "cooldown_range": _NOT_ELASTIC,
     "host_discovery_script": _NOT_ELASTIC,
-    "use_gloo": "hvdkit speaks MPI only; leave it out",
-    "ssh_port": _SSH,
-    "ssh_identity_file": _SSH,
 }
 
-#: What is so anyway: ranks always speak MPI, and no check of hosts is cached.
-_WITHOUT_EFFECT = ("use_mpi", "disable_cache")
+#: What is so anyway: no check of hosts is cached.
+_WITHOUT_EFFECT = ("disable_cache",)
+
+#: hvdrun with this process's modules, which come as the first argument.
+_HVDRUN = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
+    "from hvdkit.cli.hvdrun import main; sys.exit(main())"
+)
 
 
 def run(
@@ -68,6 +63,11 @@ def run(
     mpi_args: str | Sequence[str] | None = None,
     network_interfaces: Sequence[str] | None = None,
     network_interface: str | None = None,
+    use_tcp: bool | None = None,
+    use_gloo: bool | None = None,
+    use_mpi: bool | None = None,
+    ssh_port: int | None = None,
+    ssh_identity_file: str | None = None,
     executable: str | None = None,
     env: Mapping[str, str] | None = None,
     **others: Any,
@@ -75,11 +75,12 @@ def run(
     """Call ``func(*args, **kwargs)`` on new ranks; return their results in rank order.  Blocking.
 
     The ranks are started by this environment's mpirun, Open MPI's or MPICH's, and not bound to
-    cores.  They work in this directory, and what they write to stdout and stderr appears here.
-    `func` calls ``hvd.init()`` itself.  It travels by cloudpickle, if that is installed, and may
-    then be a lambda or a notebook's function.  Else it must be a function of a module, or of a
-    script that calls `run` under ``if __name__ == "__main__":``.  When this process ends, be it by
-    Ctrl-C or SIGKILL, so do the ranks.
+    cores; where no mpirun fits, they are plain processes that speak TCP.  They work in this
+    directory, and what they write to stdout and stderr appears here.  `func` calls ``hvd.init()``
+    itself.  It travels by cloudpickle, if that is installed, and may then be a lambda or a
+    notebook's function.  Else it must be a function of a module, or of a script that calls `run`
+    under ``if __name__ == "__main__":``.  When this process ends, be it by Ctrl-C or SIGKILL, so do
+    the ranks.
 
     Args:
         func: called on every rank; it, its arguments and its results must be picklable.
@@ -94,10 +95,14 @@ def run(
         timeout: seconds in which the job must have ended; None: no limit.
         output_filename: a folder; rank 3 writes to ``rank.3/stdout`` and ``rank.3/stderr`` in it,
             and not here.
-        verbose: 1 or more: write mpirun's command line to stderr.
+        verbose: 1 or more: write the launcher's command line to stderr.
         mpi_args: more arguments for mpirun, in its own language.
-        network_interfaces: names of the networks to use between hosts; None: MPI chooses.
+        network_interfaces: names of the networks to use between hosts; None: any.
         network_interface: the same, separated by commas.
+        use_tcp: start plain processes that speak TCP, even if there is an mpirun.
+        use_gloo: the same, by Horovod's name.
+        use_mpi: start them by mpirun; without one it is an error.
+        ssh_port, ssh_identity_file: of other hosts.
         executable: the ranks' Python, in which hvdkit and what `func` needs are installed; None:
             this one, with this process's ``sys.path``.
         env: environment variables for the ranks, besides this process's.
@@ -118,11 +123,20 @@ def run(
     limit = _start_timeout(start_timeout)
     parcel = pack(func, args, kwargs or {})
     python = executable or sys.executable
-    mpirun = identify(find_mpirun(python))
     wanted = {**os.environ, **(env or {})}
-    variables = environment(mpirun, wanted, interfaces=networks, root=os.geteuid() == 0)
     more = shlex.split(mpi_args) if isinstance(mpi_args, str) else mpi_args or ()
-    line = command(mpirun, size, places, interfaces=networks, arguments=more, names=variables)
+    found = _choose(python, wanted, tcp=use_tcp or use_gloo, mpi=use_mpi or bool(more))
+    launch = Launch(
+        command=(),
+        size=size,
+        hosts=places,
+        settings=env or {},
+        interfaces=tuple(networks),
+        start_timeout=limit,
+        remote_shell=remote_shell(wanted.get(SHELL), ssh_port, ssh_identity_file),
+        mpi_arguments=tuple(more),
+    )
+    line, variables = _hvdrun_line(launch) if found is None else mpirun_line(launch, found)
     with unwinding_on_sigterm(), _private_directory() as directory:
         (directory / "call").write_bytes(pickle.dumps(parcel))
         task = _task(directory, size, output_filename, same_python=python == sys.executable)
@@ -132,7 +146,8 @@ def run(
         sys.stdout.flush()
         with Job(line, variables, directory) as job:
             status = job.wait(start_timeout=limit, timeout=timeout)
-        return read_results(directory, size, status)
+        launcher = "hvdrun" if found is None else "mpirun"
+        return read_results(directory, size, status, launcher=launcher)
 
 
 def _refuse(others: Mapping[str, Any]) -> None:
@@ -142,6 +157,36 @@ def _refuse(others: Mapping[str, Any]) -> None:
             raise TypeError(f"run() got an unexpected keyword argument {name!r}")
         if name in _UNSUPPORTED and value is not None and value is not False:
             raise UnsupportedError(f"run({name}={value!r}): {_UNSUPPORTED[name]}")
+
+
+def _choose(
+    python: str, environ: Mapping[str, str], *, tcp: bool | None, mpi: bool | None
+) -> Mpirun | None:
+    """Return the mpirun to use; None: none, the ranks speak TCP."""
+    if tcp and mpi:
+        raise ArgumentError("use_mpi (or mpi_args) and use_tcp exclude each other; give one")
+    if tcp:
+        return None
+    try:
+        return find_mpi(python, environ)
+    except LauncherError:
+        if mpi:
+            raise
+        return None
+
+
+def _hvdrun_line(launch: Launch) -> tuple[list[str], dict[str, str]]:
+    """Return hvdrun's command line, which the program's is to follow, and its environment."""
+    path = json.dumps([str(Path(entry).absolute()) for entry in sys.path])
+    line = [sys.executable, "-c", _HVDRUN, path, "--tcp", "--no-labels", "-np", str(launch.size)]
+    line += ["--start-timeout", f"{launch.start_timeout:g}"]
+    if launch.hosts:
+        line += ["--hosts", ",".join(f"{host}:{slots}" for host, slots in launch.hosts)]
+    if launch.interfaces:
+        line += ["--network-interfaces", ",".join(launch.interfaces)]
+    if launch.remote_shell:
+        line += ["--rsh", shlex.join(launch.remote_shell)]
+    return line, mpirun.without_launchers({**os.environ, **launch.settings})
 
 
 def _count(num_proc: int, np: int | None) -> int:

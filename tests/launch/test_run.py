@@ -275,8 +275,8 @@ def test_a_launcher_that_is_ended_takes_its_ranks_along(tmp_path, directories, n
     [
         ({"min_np": 2}, hvd.UnsupportedError, "elastic jobs are not supported"),
         ({"host_discovery_script": "x"}, hvd.UnsupportedError, "elastic jobs are not supported"),
-        ({"use_gloo": True}, hvd.UnsupportedError, "speaks MPI only"),
-        ({"ssh_port": 22}, hvd.UnsupportedError, r"~/\.ssh/config"),
+        ({"use_gloo": True, "use_mpi": True}, hvd.ArgumentError, "exclude each other"),
+        ({"use_tcp": True, "mpi_args": "-v"}, hvd.ArgumentError, "exclude each other"),
         ({"nump": 2}, TypeError, "unexpected keyword argument 'nump'"),
         ({"np": 0}, hvd.ArgumentError, "1 or more, not 0"),
         ({"np": 2.0}, hvd.ArgumentError, "a whole number"),
