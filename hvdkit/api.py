@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-import sys
-import time
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -16,15 +13,13 @@ from numpy.typing import DTypeLike, NDArray
 from hvdkit.config import Config
 from hvdkit.context import Context
 from hvdkit.dtypes import Average
+from hvdkit.endings import LastWords
 from hvdkit.engine.communicator import Communicator
-from hvdkit.errors import ArgumentError, NotInitializedError, PeerError
+from hvdkit.errors import ArgumentError, NotInitializedError
 from hvdkit.process_sets import ProcessSet
 
 _context: Context | None = None
-_python_excepthook = sys.excepthook
-
-#: What a launcher may need to pass a rank's last words on; what it has not read by then is lost.
-_SECONDS_TO_FORWARD = 0.5
+_last_words: LastWords | None = None
 
 
 def init(comm: Any = None, process_sets: Sequence[ProcessSet] | str | None = None) -> None:
@@ -44,7 +39,7 @@ def init(comm: Any = None, process_sets: Sequence[ProcessSet] | str | None = Non
         MismatchError: the ranks' environments differ.
         ArgumentError: already initialised, and `comm` given.
     """
-    global _context  # noqa: PLW0603  (the one place that holds the state)
+    global _context, _last_words  # noqa: PLW0603  (the one place that holds the state)
     if _context is not None:
         if comm is not None or process_sets:
             raise ArgumentError("hvdkit is initialised already; call shutdown() before init(...)")
@@ -52,18 +47,20 @@ def init(comm: Any = None, process_sets: Sequence[ProcessSet] | str | None = Non
     known = () if process_sets is None or isinstance(process_sets, str) else process_sets
     _context = Context(comm, Config.from_environment(os.environ), known)
     if _context.group.size > 1:
-        sys.excepthook = _end_job
+        _last_words = LastWords(_context)
+        _last_words.install()
     atexit.register(shutdown)
 
 
 def shutdown() -> None:
     """Leave the job.  Collective; ``init()`` may follow.  Does nothing when not initialised."""
-    global _context
+    global _context, _last_words  # noqa: PLW0603
     if _context is None:
         return
     leaving, _context = _context, None
-    if sys.excepthook is _end_job:
-        sys.excepthook = _python_excepthook
+    if _last_words is not None:
+        _last_words.remove()
+        _last_words = None
     atexit.unregister(shutdown)
     leaving.close()
 
@@ -408,26 +405,3 @@ def empty(shape: Sequence[int] | int, dtype: DTypeLike = np.float32) -> NDArray[
     Where ranks share no memory it is an ordinary array.
     """
     return context().world.empty(shape, dtype)
-
-
-def _end_job(
-    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-) -> None:
-    """Print an uncaught exception, then end every rank: the others would wait for this one.
-
-    Of a rank that only suffers from another's end, one line will do: its traceback would stand
-    where one looks for the cause.
-    """
-    here = None if _context is None else _context.topology
-    if here is None or not issubclass(kind, PeerError):
-        _python_excepthook(kind, error, traceback)
-    if _context is None or here is None:
-        return
-    what = f"raised {kind.__name__}"
-    if issubclass(kind, PeerError):
-        what = f"cannot go on: {str(error).splitlines()[0]}"
-    sys.stdout.flush()
-    sys.stderr.write(f"hvdkit: rank {here.rank} of {here.size} {what}; ending the job\n")
-    sys.stderr.flush()
-    time.sleep(_SECONDS_TO_FORWARD)
-    _context.abort(1)
