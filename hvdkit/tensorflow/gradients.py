@@ -33,6 +33,7 @@ from hvdkit.engine.bucketing import Gradient
 from hvdkit.engine.compression.choices import bucket_compressor
 from hvdkit.engine.reducer import GradientReducer
 from hvdkit.engine.wishes import check_groups, gradient_op, places_of
+from hvdkit.errors import UnsupportedError
 from hvdkit.process_sets import ProcessSet, global_process_set
 from hvdkit.tensorflow.all_reduce import allreduce_slices
 from hvdkit.tensorflow.collectives import numpy_dtype
@@ -155,7 +156,7 @@ class Reduction:
         results: list[Any] = [None] * len(gradients)
         if plan.reducer is not None:
             ready = [_dense(gradients[i], kinds[i]) for i in plan.dense]
-            reduced = self._in_buckets(ready, lambda: self._plan(kinds, order, places).reducer)
+            reduced = self._in_buckets(ready, self._reducer(kinds, order, places))
             for i, tensor in zip(plan.dense, reduced, strict=True):
                 results[i] = tensor
         for i, form in enumerate(plan.forms):
@@ -183,6 +184,21 @@ class Reduction:
                 self._plans.pop(next(iter(self._plans)))
             plan = self._plans[kinds] = self._make(kinds, order, groups)
         return plan
+
+    def _reducer(
+        self, kinds: tuple[Kind, ...], order: Sequence[int], groups: list[list[int]] | None
+    ) -> Callable[[], GradientReducer | None]:
+        """Return what gives the plan's reducer, step by step: another one after a shutdown()."""
+        plan, made_in = self._plan(kinds, order, groups), self._context
+
+        def reducer() -> GradientReducer | None:
+            nonlocal plan, made_in
+            if made_in() is not context():
+                plan = self._plan(kinds, order, groups)
+                made_in = self._context
+            return plan.reducer
+
+        return reducer
 
     def _make(
         self, kinds: tuple[Kind, ...], order: Sequence[int], groups: list[list[int]] | None
@@ -280,6 +296,11 @@ def _kind(gradient: Any, variable: Any) -> Kind:
     shape = tf.TensorShape(given.shape)
     if not shape.is_fully_defined():
         shape = shape.merge_with(variable.shape)
+    if not shape.is_fully_defined():
+        raise UnsupportedError(
+            f"the gradient of {name} has the shape {shape}: buckets need to know it all; give it "
+            "one with set_shape()"
+        )
     form = "dense"
     if gradient is None or isinstance(gradient, tf.IndexedSlices):
         form = "none" if gradient is None else "sparse"

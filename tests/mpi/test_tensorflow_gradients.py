@@ -390,3 +390,16 @@ def test_an_optimizer_of_tensorflow_1():
         hvd.DistributedOptimizer(
             tf.compat.v1.train.GradientDescentOptimizer(0.5), backward_passes_per_step=2
         )
+
+
+@several
+def test_a_gradient_of_unknown_shape_is_refused():
+    @tf.function(input_signature=[tf.TensorSpec(None)], autograph=False)
+    def step(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tf.reduce_sum(x * x)
+        return hvd.DistributedGradientTape(tape).gradient(y, x)
+
+    with pytest.raises(hvd.UnsupportedError, match="<unknown>: buckets need"):
+        step(tf.ones(3))

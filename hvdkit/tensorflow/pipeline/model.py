@@ -369,10 +369,10 @@ class PipelineModel:
             CheckpointError: a rank could not write; the older checkpoint stays.
             UnsupportedError: the optimizer's state cannot be assigned to the weights.
         """
-        held = self._held(optimizer)
+        held, once = self._held(optimizer)
         arrays = {} if self.mesh.place(DATA) > 0 else arrays_of(held)
         if not self._writes_once():
-            arrays = {name: array for name, array in arrays.items() if name not in self._once}
+            arrays = {name: array for name, array in arrays.items() if name not in once}
         written = {"mesh": self.mesh.shape, "user": dict(metadata or {})}
         checkpoint.save(folder, arrays, among=context().world, metadata=written)
 
@@ -386,29 +386,29 @@ class PipelineModel:
         Raises:
             CheckpointError: it is not there, not whole, or of another model.
         """
-        held = self._held(optimizer)
+        user: dict[str, Any] = checkpoint.read_index(folder).metadata["user"]
+        held, _ = self._held(optimizer)
         assign(held, checkpoint.load(folder, arrays_of(held)))
         context().world.barrier()  # whoever saves next sweeps away what others still read
-        user: dict[str, Any] = checkpoint.read_index(folder).metadata["user"]
         return user
 
-    def _held(self, optimizer: keras.optimizers.Optimizer | None) -> dict[str, Any]:
-        """Return what is written and read on this rank, by global name."""
+    def _held(
+        self, optimizer: keras.optimizers.Optimizer | None
+    ) -> tuple[dict[str, Any], frozenset[str]]:
+        """Return what is written and read on this rank, by global name; which all have alike."""
         held = {
             name: variable
             for name, variable in self.named_variables().items()
             if variable.dtype != "string" and "seed_generator" not in name
         }
-        self._once: set[str] = set()
         variables = self.trainable_variables
         if optimizer is None or not variables:
-            return held
+            return held, frozenset()
         if not optimizer.built:
             optimizer.build(variables)
         names = {id(variable): name for name, variable in reversed(held.items())}
         once = once_of(optimizer)
-        self._once = set(once)
-        return held | slots_of(optimizer, names, variables) | once
+        return held | slots_of(optimizer, names, variables) | once, frozenset(once)
 
     def _writes_once(self) -> bool:
         """Return whether it is this rank that writes what all have alike.  Collective."""
