@@ -201,7 +201,7 @@ def allgather(
     Raises:
         MismatchError, ArgumentError, UnsupportedError, PeerError: as `allreduce`.
     """
-    return communicator(process_set).allgather(x, name=name, algorithm=algorithm)
+    return communicator(process_set).allgather(x, name, algorithm)
 
 
 def reducescatter(
@@ -225,14 +225,8 @@ def reducescatter(
     Raises:
         MismatchError, ArgumentError, UnsupportedError, PeerError: as `allreduce`.
     """
-    return communicator(process_set).reducescatter(
-        x,
-        op=op,
-        name=name,
-        prescale_factor=prescale_factor,
-        postscale_factor=postscale_factor,
-        algorithm=algorithm,
-    )
+    among = communicator(process_set)
+    return among.reducescatter(x, op, name, prescale_factor, postscale_factor, algorithm)
 
 
 def broadcast(
@@ -254,7 +248,7 @@ def broadcast(
     Raises:
         MismatchError, ArgumentError, UnsupportedError, PeerError: as `allreduce`.
     """
-    return communicator(process_set).broadcast(x, root_rank, name=name, algorithm=algorithm)
+    return communicator(process_set).broadcast(x, root_rank, name, algorithm)
 
 
 def broadcast_(
@@ -266,7 +260,7 @@ def broadcast_(
 ) -> NDArray[Any]:
     """Replace `x` by the root's, and return it; else as `broadcast`."""
     among = communicator(process_set)
-    return among.broadcast(x, root_rank, name=name, algorithm=algorithm, in_place=True)
+    return among.broadcast(x, root_rank, name, algorithm, True)
 
 
 def alltoall(
@@ -293,8 +287,9 @@ def alltoall(
         MismatchError, UnsupportedError, PeerError: as `allreduce`.
     """
     among = communicator(process_set)
-    received, counts = among.alltoall(x, splits, name=name, algorithm=algorithm)
-    return received if splits is None else (received, counts)
+    if splits is None:
+        return among.alltoall_evenly(x, name, algorithm)
+    return among.alltoall(x, splits, name, algorithm)
 
 
 def barrier(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,3 +68,32 @@ def aligned_empty(shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
     memory = np.empty(nbytes + ALIGNMENT, np.uint8)
     begin = -memory.ctypes.data % ALIGNMENT
     return memory[begin : begin + nbytes].view(kind).reshape(shape)
+
+
+class Results:
+    """Makes arrays for results; keeps the memory of one large one that is gone, for the next.
+
+    Memory of this size is new to the process each time, and the kernel fills it with zeros page by
+    page: for an all-gather that takes as long as the transfer.
+    """
+
+    LARGE = 32 << 20  #: from here on the C library asks the kernel each time [glibc, mallopt(3)]
+
+    def __init__(self) -> None:
+        self._spare: NDArray[np.uint8] | None = None
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Return an array of whatever values."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes < self.LARGE:
+            return np.empty(shape, dtype)
+        memory, self._spare = self._spare, None
+        if memory is None or memory.nbytes != nbytes:
+            memory = np.empty(nbytes, np.uint8)
+        # The base of all views of it; were its own an array, that would be theirs instead.
+        owner = np.frombuffer(memory.data, np.uint8)
+        weakref.finalize(owner, self._keep, memory).atexit = False
+        return owner.view(dtype).reshape(shape)
+
+    def _keep(self, memory: NDArray[np.uint8]) -> None:
+        self._spare = memory

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from hvdkit.collectives.calls import Call
 from hvdkit.collectives.group import Group
-from hvdkit.collectives.learning import with_lengths
+from hvdkit.collectives.learning import ask_from_now_on, with_lengths
 from hvdkit.collectives.pick import pick
+from hvdkit.collectives.repeat import Remember, Repeat
 from hvdkit.dtypes import check_supported, exported
 from hvdkit.errors import HvdkitError
 from hvdkit.transport.device import Memory
@@ -34,7 +35,8 @@ def allgather(
     *,
     name: str | None,
     algorithm: str,
-    allocate: Callable[[tuple[int, ...], np.dtype[Any]], Any] = np.empty,
+    allocate: Callable[[tuple[int, ...], np.dtype[Any]], Any] | None = None,
+    remember: Remember | None = None,
 ) -> NDArray[Any]:
     """Return all ranks' `source` concatenated along the first dimension, in rank order; blocking.
 
@@ -44,7 +46,9 @@ def allgather(
             dtype may not.  A scalar counts as one row.
         name: for messages and the check.
         algorithm: a schedule's name, ``"shm"``, ``"mpi"`` or ``"auto"``.
-        allocate: makes the result; for ``"mpi"`` it may be on a device, as `source` may.
+        allocate: makes the result; for ``"mpi"`` it may be on a device, as `source` may.  None: as
+            the group does.
+        remember: told how the call is made again, once that is known.
 
     Raises:
         MismatchError: on every rank, if ranks disagree.
@@ -86,7 +90,7 @@ def allgather(
         )
 
     def transfer(layout: _Layout, signature: int) -> NDArray[Any] | None:
-        out: NDArray[Any] = allocate(layout.shape, source.dtype)
+        out: NDArray[Any] = (allocate or group.results.empty)(layout.shape, source.dtype)
         counts = layout.counts
         if layout.algorithm == "shm":
             assert group.arena is not None and isinstance(source, np.ndarray)
@@ -106,5 +110,22 @@ def allgather(
         group.record(call, layout.algorithm, out.nbytes, began)
         return out
 
-    in_arena = group.arena is not None and algorithm in ("auto", "shm")
-    return with_lengths(group, call, (source.shape[0],), lay_out, transfer, in_arena=in_arena)
+    def again(other: NDArray[Any]) -> NDArray[Any]:
+        ask_from_now_on(group, call)
+        return allgather(group, other, name=name, algorithm=algorithm)
+
+    def learnt(layout: _Layout, signature: int) -> None:
+        assert group.arena is not None and remember is not None
+        bound = group.arena.native.bind("allgather", layout.counts, signature)
+        nbytes = sum(layout.counts)
+        remember(Repeat(call, source.dtype, nbytes, bound, again, layout.shape))
+
+    return with_lengths(
+        group,
+        call,
+        (source.shape[0],),
+        lay_out,
+        transfer,
+        in_arena=group.arena is not None and algorithm in ("auto", "shm"),
+        learnt=None if remember is None else learnt,
+    )

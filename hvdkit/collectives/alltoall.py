@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from hvdkit.collectives.calls import Call
 from hvdkit.collectives.group import Group
-from hvdkit.collectives.learning import with_lengths
+from hvdkit.collectives.learning import ask_from_now_on, with_lengths
 from hvdkit.collectives.pick import pick
+from hvdkit.collectives.repeat import Remember, Repeat
 from hvdkit.dtypes import check_supported, exported
 from hvdkit.errors import ArgumentError, HvdkitError
 
@@ -42,6 +43,7 @@ def alltoall(
     *,
     name: str | None,
     algorithm: str,
+    remember: Remember | None = None,
 ) -> Received:
     """Send `splits[r]` rows of `source` to each rank r; blocking.
 
@@ -52,6 +54,7 @@ def alltoall(
         splits: rows for each rank; None: equally many.
         name: for messages and the check.
         algorithm: a schedule's name, ``"shm"``, ``"mpi"`` or ``"auto"``.
+        remember: told how the call is made again, for the received rows alone, once that is known.
 
     Returns:
         The received rows in rank order, and how many came from each rank.
@@ -99,7 +102,7 @@ def alltoall(
         )
 
     def transfer(layout: _Layout, signature: int) -> Received | None:
-        out = np.empty(layout.shape, source.dtype)
+        out = group.results.empty(layout.shape, source.dtype)
         if layout.algorithm == "shm":
             assert group.arena is not None
             lengths = (layout.outgoing, layout.incoming, layout.largest_pair)
@@ -112,8 +115,25 @@ def alltoall(
         group.record(call, layout.algorithm, source.nbytes, began)
         return out, layout.rows.copy()
 
-    in_arena = group.arena is not None and algorithm in ("auto", "shm")
-    return with_lengths(group, call, mine, lay_out, transfer, in_arena=in_arena)
+    def again(other: NDArray[Any]) -> NDArray[Any]:
+        ask_from_now_on(group, call)
+        return alltoall(group, other, splits, name=name, algorithm=algorithm)[0]
+
+    def learnt(layout: _Layout, signature: int) -> None:
+        assert group.arena is not None and remember is not None
+        lengths = (layout.outgoing, layout.incoming, layout.largest_pair)
+        bound = group.arena.native.bind("alltoall", *lengths, signature)
+        remember(Repeat(call, source.dtype, source.nbytes, bound, again, layout.shape))
+
+    return with_lengths(
+        group,
+        call,
+        mine,
+        lay_out,
+        transfer,
+        in_arena=group.arena is not None and algorithm in ("auto", "shm"),
+        learnt=None if remember is None else learnt,
+    )
 
 
 def _exchange(

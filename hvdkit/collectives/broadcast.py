@@ -7,12 +7,21 @@ import numpy as np
 from hvdkit.collectives.calls import Call
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.pick import pick
+from hvdkit.collectives.repeat import Remember, Repeat
 from hvdkit.dtypes import check_supported, exported
 from hvdkit.errors import ArgumentError, HvdkitError
 from hvdkit.transport.device import Memory
 
 
-def broadcast(group: Group, data: Memory, *, root: int, name: str | None, algorithm: str) -> None:
+def broadcast(
+    group: Group,
+    data: Memory,
+    *,
+    root: int,
+    name: str | None,
+    algorithm: str,
+    remember: Remember | None = None,
+) -> None:
     """Overwrite `data` on every rank with the root's; blocking.
 
     Args:
@@ -22,6 +31,7 @@ def broadcast(group: Group, data: Memory, *, root: int, name: str | None, algori
         root: the rank whose data it is.
         name: for messages and the check.
         algorithm: a schedule's name, ``"shm"``, ``"mpi"`` or ``"auto"``.
+        remember: told how the call is made again, in place.
 
     Raises:
         MismatchError: on every rank, if ranks disagree.
@@ -45,6 +55,10 @@ def broadcast(group: Group, data: Memory, *, root: int, name: str | None, algori
         arguments = (exported(data), root, call.signature)
         while group.arena_call(group.arena.native.broadcast, *arguments):
             group.settle(call)
+        if remember is not None:
+            bound = group.arena.native.bind("broadcast", root, call.signature)
+            again = group.settling(call)
+            remember(Repeat(call, data.dtype, data.nbytes, bound, again))
     else:
         assert isinstance(data, np.ndarray)
         group.agree(call)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hvdkit.arrays import Results
 from hvdkit.collectives.calls import JOIN, JOINABLE, Call, joined_error, mismatch
 from hvdkit.collectives.executor import Executor
 from hvdkit.collectives.frames import Frames
@@ -93,6 +94,7 @@ class Group:
         self.no_hierarchy = hierarchy if isinstance(hierarchy, str) else ""
         self.segment_bytes = segment_bytes
         self.executor = Executor(transport, kernels, spin=spin)
+        self.results = Results()
         self.recorder: Recorder | None = None
         self.doing: Any = None
         """The call under way, or the last one; an all-reduce's plan stands for its call."""
@@ -243,6 +245,14 @@ class Group:
             raise mismatch(list(others.values()), ranks=list(others))
         if joined and call.kind not in JOINABLE:
             raise joined_error(call, joined)
+
+    def settling(self, call: Call) -> Callable[[object], None]:
+        """Return `settle` for this call, as the short way wants it."""
+
+        def settle(_array: object) -> None:
+            self.settle(call)
+
+        return settle
 
     def refuse(self, kind: str, name: str | None, error: Exception) -> NoReturn:
         """Raise `error` here, and tell the ranks that wait in the same call why.  Collective."""

@@ -50,6 +50,7 @@ def with_lengths(
     transfer: Callable[[L, int], T | None],
     *,
     in_arena: bool,
+    learnt: Callable[[L, int], None] | None = None,
 ) -> T:
     """Transfer with every rank's lengths.  Collective.
 
@@ -60,12 +61,13 @@ def with_lengths(
         lay_out: given everyone's, int64 ``(size, len(mine))``, returns what `transfer` needs.
         transfer: given that and a signature, transfers the data; None if the signatures differed.
         in_arena: whether `transfer` compares signatures, so that lengths may be taken as known.
+        learnt: told what `transfer` was given when it has done without asking.
 
     Raises:
         MismatchError: on every rank, if ranks make different calls.
     """
     if in_arena:
-        result = _as_learnt(group, call, tuple(mine), lay_out, transfer)
+        result = _as_learnt(group, call, tuple(mine), lay_out, transfer, learnt)
         if result is not None:
             return result
     everyone = group.agree(call, mine)
@@ -81,25 +83,37 @@ def _as_learnt(
     mine: tuple[int, ...],
     lay_out: Callable[[NDArray[np.int64]], L],
     transfer: Callable[[L, int], T | None],
+    learnt: Callable[[L, int], None] | None,
 ) -> T | None:
     """Transfer with the lengths known, or ask for them the first time; None if they changed."""
     key = ("lengths", call.signature)
-    learnt: Any = group.recall(key)
-    if learnt is _CHANGING:
+    known: Any = group.recall(key)
+    if known is _CHANGING:
         return None
-    if learnt is None or learnt.mine != mine:
+    if known is None or known.mine != mine:
         everyone = group.exchange(call, mine)
         if everyone is not None:
-            learnt = _Learnt(mine, lay_out(everyone), _digest(call, everyone))
-            group.keep(key, learnt)
-            return transfer(learnt.layout, learnt.signature)
+            known = _Learnt(mine, lay_out(everyone), _digest(call, everyone))
+            group.keep(key, known)
+            return transfer(known.layout, known.signature)
     else:
-        result = transfer(learnt.layout, learnt.signature)
+        result = transfer(known.layout, known.signature)
         if result is not None:
+            if learnt is not None:
+                learnt(known.layout, known.signature)
             return result
-    group.keep(key, _CHANGING)
-    group.settle(call)
+    ask_from_now_on(group, call)
     return None
+
+
+def ask_from_now_on(group: Group, call: Call) -> None:
+    """Take no lengths for known any more, after signatures differed.  Collective.
+
+    Raises:
+        MismatchError: it was not for the lengths that they did.
+    """
+    group.keep(("lengths", call.signature), _CHANGING)
+    group.settle(call)
 
 
 def _digest(call: Call, everyone: NDArray[np.int64]) -> int:

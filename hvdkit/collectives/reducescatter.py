@@ -6,11 +6,11 @@ import math
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.reduction import plan_reduction
+from hvdkit.collectives.repeat import Remember, Repeat
 from hvdkit.dtypes import exported
 
 
@@ -29,6 +29,7 @@ def reducescatter(
     prescale: float,
     postscale: float,
     algorithm: str,
+    remember: Remember | None = None,
 ) -> NDArray[Any]:
     """Return this rank's rows of the combination of all ranks' `source`; blocking.
 
@@ -36,6 +37,7 @@ def reducescatter(
         group: the ranks.
         source: C-contiguous, of at least one dimension; equal shape and dtype on all ranks.
         op, name, prescale, postscale, algorithm: as for `allreduce`.
+        remember: told how the call is made again.
 
     Returns:
         New array of shape ``(rows, *source.shape[1:])``, `rows` as `rows_per_rank` says.
@@ -58,7 +60,7 @@ def reducescatter(
     rows = rows_per_rank(source.shape[0], group.size)
     width = math.prod(source.shape[1:])
     counts = tuple([n * width for n in rows])
-    out = np.empty((rows[group.rank], *source.shape[1:]), source.dtype)
+    out = group.results.empty((rows[group.rank], *source.shape[1:]), source.dtype)
     began = group.begin(plan.call)
     if plan.algorithm == "shm":
         assert group.arena is not None
@@ -66,6 +68,10 @@ def reducescatter(
         while group.arena_call(group.arena.native.reducescatter, *arguments):
             group.settle(plan.call)
         group.record(plan.call, plan.algorithm, source.nbytes, began)
+        if remember is not None:
+            bound = group.arena.native.bind("reducescatter", counts, *plan.native)
+            again = group.settling(plan.call)
+            remember(Repeat(plan.call, source.dtype, source.nbytes, bound, again, out.shape))
         return out
     group.agree(plan.call)
     data = source.reshape(-1).copy()

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from numpy.typing import NDArray
 
 from hvdkit.collectives.calls import Call
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.pick import pick, pick_allreduce
+from hvdkit.collectives.repeat import Bound
 from hvdkit.dtypes import DTYPE_CODES, DTYPES, ReduceOp, as_op, check_supported
 from hvdkit.errors import ArgumentError, HvdkitError
 from hvdkit.transport.device import Memory
-
-
-class BoundAllreduce(Protocol):
-    """The arena's all-reduce of ``(source, target)`` with all else bound."""
-
-    calls: int
-    nanoseconds: int
-
-    def __call__(self, source: NDArray[Any], target: NDArray[Any]) -> int:
-        """Return nonzero if ranks' signatures differed."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -39,7 +29,7 @@ class Reduction:
     postscale: float
     native: tuple[int, int, float, int, float, int]
     """The arena's arguments: dtype, op, prescale, divisor, postscale, signature."""
-    bound: BoundAllreduce | None
+    bound: Bound | None
     nbytes: int
 
     @property

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from numpy import ndarray
 from numpy.typing import DTypeLike, NDArray
 
 from hvdkit import collectives
-from hvdkit.arrays import as_array, contiguous, writable
+from hvdkit.arrays import Results, as_array, contiguous, writable
 from hvdkit.collectives.calls import Call
-from hvdkit.collectives.group import MOST_PLANS, Group
-from hvdkit.collectives.reduction import Reduction
-from hvdkit.dtypes import Average, as_op, bfloat16
+from hvdkit.collectives.group import Group
+from hvdkit.collectives.repeat import Remember, Repeat
+from hvdkit.dtypes import Average, as_op
 from hvdkit.engine.channel import Channel
 from hvdkit.engine.handles import Handle
 from hvdkit.engine.lane import Lane
@@ -31,8 +32,12 @@ from hvdkit.engine.requests import (
     other_request,
 )
 from hvdkit.errors import ArgumentError, HvdkitError, UnsupportedError, format_ranks
+from hvdkit.native import short_way
 
 T = TypeVar("T")
+
+#: Collectives that have a short way.
+_REPEATED = ("allreduce", "allgather", "reducescatter", "broadcast", "alltoall")
 
 
 class Communicator:
@@ -59,7 +64,9 @@ class Communicator:
         self.rank = self.group.rank
         self.size = self.group.size
         self._progress = progress
-        self._short: dict[Hashable, Any] = {}  # to plans that have `bound`
+        self._short_ways = {kind: short_way(self.lane, self.group) for kind in _REPEATED}
+        self._short_allreduce = self._short_ways["allreduce"]
+        self._repeats = count()
         self._nameless: defaultdict[str, count[int]] = defaultdict(partial(count, 1))
 
     # Synchronous: matched by order
@@ -74,32 +81,14 @@ class Communicator:
         algorithm: str = "auto",
         in_place: bool = False,
     ) -> NDArray[Any]:
-        # A call like an earlier one goes the short way: Python costs more than 4 bytes do.
-        key = None
-        if type(x) is ndarray:
-            key = (x.dtype, x.shape, op, name, prescale_factor, postscale_factor, algorithm)
-            try:
-                plan = self._short.get(key)
-            except TypeError:  # an argument that cannot be hashed; it is refused below
-                plan = None
-            lane = self.lane
-            if plan is not None and lane.free and lane.take(False):
-                self.group.doing = plan
-                try:
-                    target = x if in_place else np.empty(x.shape, x.dtype)
-                    while plan.bound(x, target):
-                        self.group.settle(plan.call)
-                    return target
-                except ValueError as exc:  # not contiguous, or read-only: nothing was published
-                    if isinstance(exc, HvdkitError):
-                        raise
-                except RuntimeError as exc:
-                    if isinstance(exc, HvdkitError):
-                        raise
-                    error = self.group.peer_error(exc)
-                    raise error from (None if error is self.group.failure else exc)
-                finally:
-                    lane.leave()
+        try:  # spelt out: a call with * takes 0.1 us more
+            done = self._short_allreduce(
+                x, op, name, prescale_factor, postscale_factor, algorithm, in_place
+            )
+        except RuntimeError as exc:
+            self._raise_as_known(exc)
+        if done is not NotImplemented:
+            return done
         source = contiguous(x)
         target = writable(x) if in_place else np.empty(source.shape, source.dtype)
         direct = target if target.flags.c_contiguous else np.empty(source.shape, source.dtype)
@@ -114,41 +103,42 @@ class Communicator:
             postscale=postscale_factor,
             algorithm=algorithm,
         )
-        if key is not None and plan and plan.bound and source.dtype != bfloat16:
-            self._remember(key, plan)
+        if plan is not None and plan.bound is not None and self._can_repeat(x):
+            arguments = (op, name, prescale_factor, postscale_factor, algorithm, in_place)
+            again = self.group.settling(plan.call)
+            result = None if in_place else (x.shape, x.dtype)
+            self._short_allreduce.remember(x, arguments, plan.bound, plan, again, result)
         if direct is not target:
             target[...] = direct
         return target
 
-    def _remember(self, key: Hashable, plan: Reduction) -> None:
-        if self.group.tracer is not None:  # the short way tells nobody
-            return
-        if len(self._short) >= MOST_PLANS:
-            self._short.clear()
-        self._short[key] = plan
-
-    def forget_short_ways(self) -> None:
-        """Let every call be seen by the recorder."""
-        self._short.clear()
-
-    def allgather(
-        self, x: Any, *, name: str | None = None, algorithm: str = "auto"
-    ) -> NDArray[Any]:
-        source = contiguous(x)
+    def allgather(self, x: Any, name: str | None = None, algorithm: str = "auto") -> NDArray[Any]:
+        arguments = (name, algorithm)
+        done = self._short("allgather", x, arguments)
+        if done is not NotImplemented:
+            return done
         return self.lane.call(
-            collectives.allgather, self.group, source, name=name, algorithm=algorithm
+            collectives.allgather,
+            self.group,
+            contiguous(x),
+            name=name,
+            algorithm=algorithm,
+            remember=self._remember("allgather", x, arguments),
         )
 
     def reducescatter(
         self,
         x: Any,
-        *,
         op: object = Average,
         name: str | None = None,
         prescale_factor: float = 1.0,
         postscale_factor: float = 1.0,
         algorithm: str = "auto",
     ) -> NDArray[Any]:
+        arguments = (op, name, prescale_factor, postscale_factor, algorithm)
+        done = self._short("reducescatter", x, arguments)
+        if done is not NotImplemented:
+            return done
         return self.lane.call(
             collectives.reducescatter,
             self.group,
@@ -158,17 +148,21 @@ class Communicator:
             prescale=prescale_factor,
             postscale=postscale_factor,
             algorithm=algorithm,
+            remember=self._remember("reducescatter", x, arguments),
         )
 
     def broadcast(
         self,
         x: Any,
         root_rank: int,
-        *,
         name: str | None = None,
         algorithm: str = "auto",
         in_place: bool = False,
     ) -> NDArray[Any]:
+        arguments = (root_rank, name, algorithm, in_place)
+        done = self._short("broadcast", x, arguments)
+        if done is not NotImplemented:
+            return done
         target = writable(x) if in_place else np.array(as_array(x), order="C")
         direct = np.ascontiguousarray(target) if not target.flags.c_contiguous else target
         self.lane.call(
@@ -178,6 +172,7 @@ class Communicator:
             root=self.place_of(root_rank),
             name=name,
             algorithm=algorithm,
+            remember=self._remember("broadcast", x, arguments, in_place=in_place),
         )
         if direct is not target:
             target[...] = direct
@@ -187,10 +182,10 @@ class Communicator:
         self,
         x: Any,
         splits: Sequence[int] | None = None,
-        *,
         name: str | None = None,
         algorithm: str = "auto",
     ) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Return the rows received, and how many came from each rank."""
         return self.lane.call(
             collectives.alltoall,
             self.group,
@@ -199,6 +194,68 @@ class Communicator:
             name=name,
             algorithm=algorithm,
         )
+
+    def alltoall_evenly(
+        self, x: Any, name: str | None = None, algorithm: str = "auto"
+    ) -> NDArray[Any]:
+        """Return the rows received, where every rank sends each one equally many."""
+        arguments = (name, algorithm)
+        done = self._short("alltoall", x, arguments)
+        if done is not NotImplemented:
+            return done
+        received, _ = self.lane.call(
+            collectives.alltoall,
+            self.group,
+            contiguous(x),
+            None,
+            name=name,
+            algorithm=algorithm,
+            remember=self._remember("alltoall", x, arguments),
+        )
+        return received
+
+    # The short way: a call like an earlier one, for Python costs more than a few bytes do
+
+    def _short(self, kind: str, x: Any, arguments: tuple[Any, ...]) -> NDArray[Any]:
+        """Return the result of a call that is known; NotImplemented of any other."""
+        try:
+            return self._short_ways[kind](x, *arguments)
+        except RuntimeError as exc:
+            self._raise_as_known(exc)
+
+    def _raise_as_known(self, exc: RuntimeError) -> NoReturn:
+        """Raise the arena's error as the one that users know; any other as it is."""
+        if isinstance(exc, HvdkitError):
+            raise exc
+        error = self.group.peer_error(exc)
+        raise error from (None if error is self.group.failure else exc)
+
+    def _can_repeat(self, x: Any) -> bool:
+        return type(x) is ndarray and self.group.tracer is None  # the short way tells no tracer
+
+    def _remember(
+        self, kind: str, x: Any, arguments: tuple[Any, ...], *, in_place: bool = False
+    ) -> Remember | None:
+        """Return what keeps a call for the next one like it; None if it is not to be kept."""
+        if not self._can_repeat(x):
+            return None
+
+        def remember(repeat: Repeat) -> None:
+            shape = x.shape if repeat.shape is None else repeat.shape
+            if math.prod(shape) * x.itemsize >= Results.LARGE:
+                return
+            result = None if in_place else (shape, x.dtype)
+            self.group.keep(("repeat", next(self._repeats)), repeat)  # which counts
+            self._short_ways[kind].remember(
+                x, arguments, repeat.bound, repeat, repeat.again, result
+            )
+
+        return remember
+
+    def forget_short_ways(self) -> None:
+        """Let every call be seen by the recorder."""
+        for way in self._short_ways.values():
+            way.clear()
 
     def barrier(self, *, name: str | None = None, algorithm: str = "auto") -> None:
         self.lane.call(collectives.barrier, self.group, name=name, algorithm=algorithm)

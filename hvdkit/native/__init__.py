@@ -6,10 +6,14 @@ that module exists and runs on Linux; see `_native.pyi` for its promises.
 
 from __future__ import annotations
 
-from hvdkit.native.interface import Kernels
+from typing import Any
+
+import numpy as np
+
+from hvdkit.native.interface import Kernels, ShortWay
 from hvdkit.native.numpy_kernels import NumpyKernels
 
-__all__ = ["Kernels", "NumpyKernels", "load", "why_unavailable"]
+__all__ = ["Kernels", "NumpyKernels", "ShortWay", "load", "short_way", "why_unavailable"]
 
 
 def why_unavailable() -> str | None:
@@ -28,3 +32,25 @@ def load(*, enabled: bool = True) -> Kernels:
     from hvdkit.native.native_kernels import NativeKernels
 
     return NativeKernels()
+
+
+def short_way(lane: Any, group: Any) -> ShortWay:
+    """Return the short way of one collective through `lane`; without the module, none."""
+    if why_unavailable() is not None:
+        return NoShortWay()
+    from hvdkit.native import _native
+
+    return _native.ShortWay(np.ndarray, np.empty, lane, group)
+
+
+class NoShortWay:
+    """Remembers nothing, for nothing would be gained."""
+
+    def __call__(self, *_call: Any) -> Any:
+        return NotImplemented
+
+    def remember(self, *_call: Any) -> None:
+        pass
+
+    def clear(self) -> None:
+        pass

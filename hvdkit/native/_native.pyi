@@ -7,6 +7,8 @@ an argument is a TypeError or ValueError on this rank, before anything is publis
 from collections.abc import Callable
 from typing import Any, TypeAlias, final
 
+import numpy as np
+
 # Anything with the buffer protocol, which numpy's stubs declare from Python 3.12 on.
 _Buffer: TypeAlias = Any
 
@@ -76,6 +78,7 @@ class Arena:
         signature: int,
         /,
     ) -> Callable[[_Buffer, _Buffer], int]: ...
+    def bind(self, name: str, /, *arguments: Any) -> Callable[[_Buffer, _Buffer], int]: ...
     def reducescatter(
         self,
         src: _Buffer,
@@ -107,3 +110,21 @@ class Arena:
     def unregister(self, region: int, /) -> None: ...
     def abort(self) -> None: ...
     def close(self) -> None: ...
+
+@final
+class ShortWay:
+    """Makes calls like earlier ones; see `hvdkit.native.interface.ShortWay`."""
+
+    def __init__(self, array_type: type, allocate: Any, lane: Any, group: Any) -> None: ...
+    def __call__(self, array: Any, /, *arguments: Any) -> np.ndarray[Any, np.dtype[Any]]: ...
+    def remember(
+        self,
+        array: Any,
+        arguments: tuple[Any, ...],
+        bound: Any,
+        plan: Any,
+        again: Any,
+        result: tuple[Any, ...] | None,
+        /,
+    ) -> None: ...
+    def clear(self) -> None: ...

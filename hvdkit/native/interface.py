@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -48,3 +48,40 @@ class Kernels(ABC):
             TypeError: `array` is bool and not both are one.
             ValueError: `divisor` is less than one.
         """
+
+
+class ShortWay(Protocol):
+    """Calls of one collective that were made before, by dtype and shape and all other arguments."""
+
+    def __call__(self, array: Any, /, *arguments: Any) -> Array:
+        """Make the call again and return its result; NotImplemented if it is not known.
+
+        So it is, too, where the lane is in use, or the array is not contiguous in C order.
+
+        Raises:
+            RuntimeError: of the arena, or of what is done after signatures differed.
+        """
+
+    def remember(
+        self,
+        array: Any,
+        arguments: tuple[Any, ...],
+        bound: Any,
+        plan: Any,
+        again: Any,
+        result: tuple[Any, ...] | None,
+        /,
+    ) -> None:
+        """Keep a call.
+
+        Args:
+            array: as in the call; only its dtype and shape matter.
+            arguments: the call's others.
+            bound: ``bound(array, target)`` makes it; a true result says that signatures differed.
+            plan: what the group is said to be doing.
+            again: then called with the array; returns the result, or None to try again.
+            result: what the target is allocated with; None: it is the array itself.
+        """
+
+    def clear(self) -> None:
+        """Forget all calls."""

@@ -5,7 +5,7 @@ import array
 import numpy as np
 import pytest
 
-from hvdkit.arrays import as_array, writable
+from hvdkit.arrays import Results, as_array, writable
 from hvdkit.errors import UnsupportedError
 
 
@@ -129,3 +129,21 @@ def test_writable_is_the_array_itself_whatever_its_strides():
 def test_what_cannot_be_changed_in_place(x, what):
     with pytest.raises(UnsupportedError, match=f"writable numpy array, not a {what}"):
         writable(x)
+
+
+def test_a_large_results_memory_is_used_again_when_all_views_are_gone():
+    results, dtype = Results(), np.dtype(np.float64)
+    shape = (Results.LARGE // 64, 8)
+    first = results.empty(shape, dtype)
+    assert (first.shape, first.dtype) == (shape, dtype)
+    address, part = first.ctypes.data, first[3:5].T
+    del first
+    second = results.empty(shape, dtype)
+    assert not np.shares_memory(second, part)
+    del part
+    assert results.empty(shape, dtype).ctypes.data == address
+    assert results.empty((shape[0] + 1, 8), dtype).ctypes.data != second.ctypes.data
+
+
+def test_small_results_are_numpys():
+    assert Results().empty((3, 0), np.dtype(np.int8)).base is None

@@ -155,6 +155,8 @@ static PyMethodDef methods[] = {
       "allreduce(src, dst, dtype, op, prescale, divisor, postscale, signature)" },
     { "bind_allreduce", FAST(hv_py_bind_allreduce),
       "bind_allreduce(dtype, op, prescale, divisor, postscale, signature): callable (src, dst)" },
+    { "bind", FAST(hv_py_bind),
+      "bind(name, *arguments): another collective, without its buffers: callable (src, dst)" },
     { "reducescatter", FAST(hv_py_reducescatter),
       "reducescatter(src, dst, counts, dtype, op, prescale, divisor, postscale, signature)" },
     { "broadcast", FAST(hv_py_broadcast), "broadcast(buffer, root, signature)" },

@@ -31,6 +31,7 @@ PyObject *hv_run_allreduce(ArenaObject *self, PyObject *src, PyObject *dst,
                            const hv_recipe *recipe, uint64_t signature);
 
 PyObject *hv_py_bind_allreduce(ArenaObject *self, PyObject *const *args, Py_ssize_t nargs);
+PyObject *hv_py_bind(ArenaObject *self, PyObject *const *args, Py_ssize_t nargs);
 PyObject *hv_py_barrier(ArenaObject *self, PyObject *const *args, Py_ssize_t nargs);
 PyObject *hv_py_exchange(ArenaObject *self, PyObject *const *args, Py_ssize_t nargs);
 PyObject *hv_py_allreduce(ArenaObject *self, PyObject *const *args, Py_ssize_t nargs);

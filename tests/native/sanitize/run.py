@@ -27,7 +27,7 @@ ROOT = HERE.parents[2]
 SOURCES = ROOT / "hvdkit" / "native" / "src"
 LIMIT_SECONDS = 600
 PYTHON_LIMIT_SECONDS = 900
-TESTS = ("test_kernels.py", "test_arena.py", "test_arena_stress.py")
+TESTS = ("test_kernels.py", "test_arena.py", "test_arena_stress.py", "test_short_way.py")
 
 # As in setup.py, where the reasons are.
 FLAGS = ("-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
