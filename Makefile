@@ -50,9 +50,15 @@ demo-gpt2: $(VENV)/.installed
 	$(MPIRUN) -n 4 $(BIN)/python examples/gpt2.py --data 2 --pipeline 2 --layers 4 --width 128 --heads 4 \
 	    --context 64 --decay-steps 500 --validate-every 100
 
+# TESTS: those without MPI to run, such as tests/launch.
+TESTS ?= tests
+OVER_TCP := $(addprefix tests/mpi/test_,collectives.py random.py lengths.py errors.py process_sets.py)
+
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest tests --ignore tests/mpi --ignore tests/gpu
+	$(BIN)/python -m pytest $(TESTS) --ignore tests/mpi --ignore tests/gpu
 	$(BIN)/python tests/run_mpi.py $(if $(RANKS),--ranks $(RANKS))
+	$(BIN)/python tests/tcp_jobs.py --ranks 3 $(OVER_TCP)
+	$(BIN)/python tests/tcp_jobs.py --ranks 3 --hosts 2 $(OVER_TCP)
 
 # On CUDA tensors: 1 and 2 ranks, which may share a GPU.  Without one, every test is skipped.
 test-gpu: $(VENV)/.installed

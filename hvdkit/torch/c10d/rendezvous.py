@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from datetime import timedelta
 from functools import partial
@@ -23,8 +23,12 @@ from hvdkit.collectives.group import Group
 from hvdkit.context import Context
 from hvdkit.errors import ArgumentError, LauncherError
 from hvdkit.torch.c10d.group import ProcessGroup
+from hvdkit.transport.tcp.addresses import find_interfaces
 
 _torch_env = _rendezvous_handlers["env"]
+
+#: For each address at which rank 0's store may be.
+_SECONDS_TO_CONNECT = 5.0
 
 
 def register() -> None:
@@ -88,19 +92,48 @@ def _store(here: Context, timeout: timedelta) -> Any:
     rank, size = here.topology.rank, here.topology.size
     tcp_store: Any = dist.TCPStore  # type: ignore[attr-defined]
     options = {"timeout": timeout, "wait_for_workers": False}
-    address: tuple[str, int] | str = ""
+    found: tuple[list[str], int] | str = ""
     store = None
     if rank == 0:
-        host = "127.0.0.1" if here.topology.local_size == size else socket.gethostname()
         try:
-            store = tcp_store(host, 0, size, True, **options)
-            address = (host, store.port)
+            store = tcp_store("127.0.0.1", 0, size, True, **options)
+            found = (_own_addresses(), store.port)
         except RuntimeError as exc:
-            address = str(exc)
-    address = here.world.broadcast_object(address, 0)
-    if isinstance(address, str):
-        raise LauncherError(f"rank 0 cannot open the store that torch.distributed wants: {address}")
-    return store or tcp_store(*address, size, False, **options)
+            found = str(exc)
+    found = here.world.broadcast_object(found, 0)
+    if isinstance(found, str):
+        raise LauncherError(f"rank 0 cannot open the store that torch.distributed wants: {found}")
+    hosts, port = found
+    if here.topology.local_size == size:
+        hosts = ["127.0.0.1"]
+    return store or tcp_store(_reachable(hosts, port), port, size, False, **options)
+
+
+def _own_addresses() -> list[str]:
+    """Return by what names this host may be known to others, its own name first."""
+    interfaces = find_interfaces()
+    addresses = [address for interface in interfaces for address in interface.addresses]
+    return [socket.gethostname(), *addresses]
+
+
+def _reachable(hosts: Sequence[str], port: int) -> str:
+    """Return the first of the names under which a host can be reached: torch tries only one.
+
+    Raises:
+        LauncherError: there is none.
+    """
+    troubles = []
+    for host in hosts:
+        try:
+            socket.create_connection((host, port), _SECONDS_TO_CONNECT).close()
+        except OSError as exc:  # noqa: PERF203  (a wait, not a loop)
+            troubles.append(f"{host}: {exc}")
+        else:
+            return host
+    raise LauncherError(
+        "rank 0's store, which torch.distributed wants, cannot be reached at port "
+        f"{port} from {socket.gethostname()} ({'; '.join(troubles)})"
+    )
 
 
 def env_rendezvous(
