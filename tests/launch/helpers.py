@@ -17,13 +17,17 @@ _LAUNCHERS = ("OMPI_", "PMI_", "PMIX_", "PRTE_", "SLURM_", "HYDRA_", "HOROVOD_",
 
 
 def plain_environment(**more: str) -> dict[str, str]:
-    """Return the environment without a trace of any launcher, in which this source is imported."""
+    """Return the environment without a trace of any launcher, in which this source is imported.
+
+    This Python is the first in PATH, as where its environment is active.
+    """
     kept = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(_LAUNCHERS) and name != "WORLD_SIZE"
     }
-    return kept | {"PYTHONPATH": str(REPOSITORY)} | more
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return kept | {"PYTHONPATH": str(REPOSITORY), "PATH": path} | more
 
 
 def python(*arguments: str, timeout: float = 60.0, **environment: str) -> Outcome:

