@@ -67,7 +67,8 @@ def test_hosts_share_nothing_but_files(hosts):
         assert said[:2] == [name, str(Path.cwd())]
         assert namespaces.isdisjoint(said[2:6])
         namespaces.update(said[2:6])
-        assert said[6:] == (["of-alpha"] if name == "alpha" else [])
+        # MPICH leaves files of its own there, where a job was killed.
+        assert ("of-alpha" in said[6:]) == (name == "alpha")
     assert not Path("/dev/shm/of-alpha").exists()
     hosts.run("alpha", ["rm", "/dev/shm/of-alpha"])
 
