@@ -3,7 +3,7 @@
     python tests/run_mpi.py [--ranks 1 2 3 4 5] [--timeout 600] [pytest's arguments]
 
 Each number of ranks runs with the native module, one and three also without it, over messages.
-TensorFlow's tests, which take long, have a job of their own, on up to three ranks and with it.
+TensorFlow's tests, which take long, have a job of their own, on up to four ranks and with it.
 One rank's failure ends the others at once, and shows which rank failed and why.
 """
 
@@ -28,7 +28,7 @@ NOTHING_SELECTED = 5
 
 #: TensorFlow's tests, and the most ranks that they run on.
 TENSORFLOW = ("test_tensorflow*.py", "test_keras*.py")
-TENSORFLOW_RANKS = 3
+TENSORFLOW_RANKS = 4
 
 
 @dataclass(frozen=True)
