@@ -27,4 +27,5 @@ def test_only_the_cause_has_a_traceback():
     assert outcome.stderr.count("Traceback (most recent call last)") == 1, outcome.stderr
     assert "ValueError: the data are gone" in outcome.stderr
     assert "rank 1 of 2 raised ValueError; ending the job" in outcome.stderr
-    assert "rank 0 of 2 cannot go on" in outcome.stderr
+    # Rank 0's own line is there only where the launcher lets it speak: MPICH's kills it at once.
+    assert "rank 0 of 2 raised" not in outcome.stderr
