@@ -151,9 +151,10 @@ def allreduce(
         name: named in errors; ranks must give the same one.
         prescale_factor: multiplies each contribution first.
         postscale_factor: multiplies the result last.
-        algorithm: ``"auto"``, ``"shm"`` (the node's shared memory), ``"mpi"`` (the MPI library's
-            own) or a schedule: ``"ring"``, ``"tree"``, ``"double_tree"``,
-            ``"recursive_doubling"``, ``"halving_doubling"``.
+        algorithm: ``"auto"``, ``"shm"`` (the node's shared memory), ``"hierarchical"`` (that of
+            several nodes, and messages between them), ``"gathered"`` (small arrays over messages,
+            in one go), ``"mpi"`` (the MPI library's own) or a schedule: ``"ring"``, ``"tree"``,
+            ``"double_tree"``, ``"recursive_doubling"``, ``"halving_doubling"``.
         process_set: whose ranks take part; None: all ranks.
 
     Returns:
