@@ -39,8 +39,7 @@ from hvdkit.transport.cores import have_own_cores
 from hvdkit.transport.courier import Courier
 from hvdkit.transport.launcher import RANK_PROCESS, check_not_a_worker
 from hvdkit.transport.mail import Mail, MessageMail, PipeMail, WatchedMail
-from hvdkit.transport.opening import load_mpi as load_mpi
-from hvdkit.transport.opening import open_world
+from hvdkit.transport.opening import load_mpi, open_world
 
 log = logging.getLogger("hvdkit")
 

@@ -64,7 +64,9 @@ def main() -> int:
         return _TOLD
     # Not blocking: processes that the rank left behind may hold the pipe open.
     if not (select.select([told], [], [], 0)[0] and os.read(told, 1)):
-        leave_note(directory, rank, _how_it_died(status))
+        ended = how_it_ended(status)
+        early = " before its function returned" if status >= 0 else ""
+        leave_note(directory, rank, ended + early)
         # Hydra does not end the ranks of other hosts for a mere status.
         os.kill(guard, signal.SIGKILL)
     return status if status >= 0 else 128 - status
@@ -173,9 +175,10 @@ def _die_with(guard: int) -> None:
         os._exit(_TOLD)
 
 
-def _how_it_died(status: int) -> str:
+def how_it_ended(status: int) -> str:
+    """Return what a process's exit status says; completes a sentence."""
     if status >= 0:
-        return f"ended with status {status} before its function returned"
+        return f"ended with status {status}"
     try:
         name = signal.Signals(-status).name
     except ValueError:  # a real-time signal

@@ -71,14 +71,7 @@ def identify(path: str) -> Mpirun:
         LauncherError: it cannot be run, or is neither Open MPI's (4 or 5) nor MPICH's.
     """
     try:
-        asked = subprocess.run(
-            [path, "--version"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        asked = _ask([path, "--version"])
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise LauncherError(f"{path} --version does not work: {exc}") from exc
     return read_version(path, asked.stdout + asked.stderr)
@@ -221,15 +214,7 @@ def check_fits(mpirun: Mpirun, python: str, environ: Mapping[str, str]) -> None:
         "print(MPI.Get_library_version())"
     )
     try:
-        asked = subprocess.run(
-            [python, "-c", asking],
-            env=without_launchers(environ),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        asked = _ask([python, "-c", asking], without_launchers(environ))
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise LauncherError(f"{python} cannot be asked for its MPI library: {exc}") from exc
     said = (asked.stdout.strip("\x00 \n") or "nothing").splitlines()[0]
@@ -251,3 +236,17 @@ def _host(text: str, pattern: str, example: str) -> Host:
     if match is None or int(match[2]) < 1:
         raise ArgumentError(f"{text.strip()!r} names no host and its slots; expected {example}")
     return match[1], int(match[2])
+
+
+def _ask(
+    command: Sequence[str], environ: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )

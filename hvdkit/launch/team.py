@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import selectors
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import IO
 from hvdkit.errors import LauncherError
 from hvdkit.launch.agent import exit_status, read_record
 from hvdkit.launch.agents import Agent
+from hvdkit.launch.guard import how_it_ended
 from hvdkit.launch.output import Display
 
 _SECONDS_BETWEEN_LOOKS = 0.1
@@ -135,7 +135,7 @@ class Team:
         """Return what went wrong, in a line; None: nothing."""
         first = self.first_failure()
         if first is not None and not first.told:
-            return f"rank {first.rank} of {self._size} on {first.host} {_how(first.status)}"
+            return f"rank {first.rank} of {self._size} on {first.host} {how_it_ended(first.status)}"
         for each in self._agents:
             if each.met_a_killed_mpirun:
                 return (
@@ -232,14 +232,3 @@ class Team:
             each.task.host for each in self._agents if {rank for rank, _ in each.task.ranks} - known
         ]
         return f"the connection to {', '.join(hosts)} was lost, and with it its ranks"
-
-
-def _how(status: int) -> str:
-    if status >= 0:
-        return f"ended with status {status}"
-    try:
-        name = signal.Signals(-status).name
-    except ValueError:  # a real-time signal
-        name = "real-time"
-    hint = "; the kernel does that when memory runs out" if -status == signal.SIGKILL else ""
-    return f"was killed by signal {-status} ({name}){hint}"

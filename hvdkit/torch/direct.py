@@ -20,12 +20,12 @@ from hvdkit.api import context
 from hvdkit.collectives.allreduce import allreduce_on_device
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.reduction import Reduction
-from hvdkit.context import load_mpi
 from hvdkit.dtypes import Average, Max, Min, Product, Sum
 from hvdkit.engine.communicator import Communicator
 from hvdkit.torch.convert import numpy_dtype
 from hvdkit.torch.ports import on_stream
 from hvdkit.transport.device import DeviceArray
+from hvdkit.transport.opening import load_mpi
 
 T = TypeVar("T")
 

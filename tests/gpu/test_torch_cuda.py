@@ -20,8 +20,8 @@ from gpu.slow import (  # noqa: E402
 )
 
 import hvdkit.torch as hvd  # noqa: E402  (torch may be missing)
-from hvdkit.context import load_mpi  # noqa: E402
 from hvdkit.torch import direct  # noqa: E402
+from hvdkit.transport.opening import load_mpi  # noqa: E402
 
 RANK, SIZE = hvd.rank(), hvd.size()
 MEAN = (SIZE - 1) / 2

@@ -99,3 +99,23 @@ def end_well(*arguments, **keywords):
         assert ended.status == 0, ended.stderr
         assert "Traceback" not in ended.stderr, ended.stderr
         yield said
+
+
+#: A script whose rank 1 ends as its argument says, while the others go on.
+ENDS = """
+import os, signal, sys
+import numpy as np
+import hvdkit as hvd
+
+def raises():
+    raise LookupError("rank 1 finds nothing")
+
+def is_killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+hvd.init()
+if hvd.rank() == 1:
+    globals()[sys.argv[1]]()
+for _ in range(1000):
+    hvd.allreduce(np.ones(100_000))
+"""

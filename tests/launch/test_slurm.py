@@ -11,6 +11,7 @@ from launching import PERMISSIVE, mpirun
 
 from .helpers import REPOSITORY, plain_environment, wait_for
 from .own_slurm import OwnSlurm, missing_programs
+from .scenarios import ENDS
 
 #: How MPICH says that it could not start.  Under srun --mpi=pmi2 it cannot now and then ("Message
 #: truncated", "invalid bandwidth") where there are more processes than cores: another attempt then.
@@ -25,24 +26,6 @@ hvd.init()
 places = hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), hvd.cross_rank()
 assert (hvd.allreduce(np.ones(100_000), op=hvd.Sum) == hvd.size()).all()
 print(f"{places}", flush=True)
-"""
-
-ENDS = """
-import os, signal, sys
-import numpy as np
-import hvdkit as hvd
-
-def raises():
-    raise LookupError("rank 1 finds nothing")
-
-def is_killed():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-hvd.init()
-if hvd.rank() == 1:
-    globals()[sys.argv[1]]()
-for _ in range(1000):
-    hvd.allreduce(np.ones(100_000))
 """
 
 

@@ -18,6 +18,7 @@ import pytest
 from launching import PERMISSIVE, Outcome, end_group
 
 from .helpers import REPOSITORY, plain_environment
+from .scenarios import ENDS
 
 #: The library that mpi4py's wheel looks for, and what Debian calls it.
 LIBRARIES = {
@@ -54,24 +55,6 @@ assert (hvd.alltoall(np.arange(size)) == rank).all()
 assert hvd.broadcast_object({"from": rank}, 1) == {"from": 1}
 hvd.barrier()
 print(f"[rank {rank} of {size}]")
-"""
-
-ENDS = """
-import os, signal, sys
-import numpy as np
-import hvdkit as hvd
-
-def raises():
-    raise LookupError("rank 1 finds nothing")
-
-def is_killed():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-hvd.init()
-if hvd.rank() == 1:
-    globals()[sys.argv[1]]()
-for _ in range(1000):
-    hvd.allreduce(np.ones(100_000))
 """
 
 RUN = """

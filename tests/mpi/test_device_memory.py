@@ -8,8 +8,8 @@ import pytest
 
 import hvdkit as hvd
 from hvdkit.api import context
-from hvdkit.context import load_mpi
 from hvdkit.transport.device import DeviceArray
+from hvdkit.transport.opening import load_mpi
 
 RANK, SIZE = hvd.rank(), hvd.size()
 LENGTHS = (0, 1, 1000)
