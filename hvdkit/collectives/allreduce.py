@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdkit.collectives.adasum import adasum
-from hvdkit.collectives.gathered import allreduce_gathered
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.reduction import Reduction, plan_reduction
 from hvdkit.dtypes import ReduceOp, exported
@@ -71,15 +70,12 @@ def allreduce(
             group.settle(plan.call)
         group.record(plan.call, plan.algorithm, source.nbytes, began, counted=True)
         return plan
-    if plan.algorithm == "gathered":
-        allreduce_gathered(group, plan, source.reshape(-1), target.reshape(-1))
+    group.agree(plan.call)
+    if plan.algorithm == "hierarchical":
+        assert group.hierarchy is not None
+        group.hierarchy.allreduce(group, plan, source.reshape(-1), target.reshape(-1))
     else:
-        group.agree(plan.call)
-        if plan.algorithm == "hierarchical":
-            assert group.hierarchy is not None
-            group.hierarchy.allreduce(group, plan, source.reshape(-1), target.reshape(-1))
-        else:
-            _allreduce_flat(group, plan, source, target)
+        _allreduce_flat(group, plan, source, target)
     group.record(plan.call, plan.algorithm, source.nbytes, began)
     return plan
 

@@ -13,6 +13,8 @@ in the same order each time.  All ranks have agreed on all calls so far, so they
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,8 +32,37 @@ MOST = KIB
 #: Bytes of the frames of all ranks together, at most.
 LARGEST_FRAMES = 256 * KIB
 
+#: Frames of different lengths that are kept, with the memory of all ranks' and the messages' own.
+MOST_KEPT = 32
+
 #: Calls after which another is expected, at most.
 MOST_EXPECTED = 4096
+
+
+#: What `Frames.state` holds: the signature of the last call, as a signed integer; a number that
+#: changes with what is expected; how many calls were told of.  The native module knows these.
+LAST, CHANGES, TOLD = range(3)
+
+
+class Frame:
+    """The memory of all ranks' frames of one length, and how they are exchanged.
+
+    Args:
+        transport: between the ranks.
+        length: of what comes after the signature, in integers.
+        differ: what the frames do where signatures differ.
+    """
+
+    __slots__ = ("differ", "exchange", "length", "mine", "rows", "run", "signatures")
+
+    def __init__(self, transport: Transport, length: int, differ: Callable[[], None]) -> None:
+        self.length = length
+        self.rows = np.zeros((transport.size, 1 + length), np.int64)
+        self.mine = self.rows[transport.rank]
+        self.signatures = self.rows[:, 0]
+        self.exchange = transport.prepare_allgather(self.rows)
+        self.run = self.exchange.run
+        self.differ = differ
 
 
 class Frames:
@@ -42,8 +73,9 @@ class Frames:
         size = transport.size
         self._usual = max(LEAST, min(FRAMES // size, MOST)) // _INT
         self._longest = LARGEST_FRAMES // size // _INT
-        self._last = 0
+        self.state = np.zeros(3, np.int64)
         self._following: dict[int, int] = {}
+        self._kept: dict[int, Frame] = {}
 
     def gather(self, signature: int, mine: NDArray[np.int64]) -> NDArray[np.int64] | None:
         """Return each rank's `mine`, ``(size, len(mine))``, or None if signatures differ.
@@ -54,32 +86,67 @@ class Frames:
             signature: of the call, 64 bits.
             mine: as long on all ranks of one signature.
         """
-        length = self._following.get(self._last, self._usual)
-        frame = np.zeros(1 + length, np.int64)
-        frame[0] = _signed(signature)
-        if len(mine) <= length:
-            frame[1 : 1 + len(mine)] = mine
-        gathered = self._transport.allgather_ints(frame)
-        if not (gathered[:, 0] == frame[0]).all():
-            self._following.clear()
-            self._last = 0
+        frame, count = self.upcoming(), len(mine)
+        fits = count <= frame.length
+        if fits:
+            frame.mine[1 : 1 + count] = mine
+        if not self.agree(frame, signature, count):
             return None
-        self._expect(signature, len(mine))
-        if len(mine) > length:
-            return self._transport.allgather_ints(mine)
-        return gathered[:, 1 : 1 + len(mine)]
+        return frame.rows[:, 1 : 1 + count].copy() if fits else self._transport.allgather_ints(mine)
 
-    def _expect(self, signature: int, length: int) -> None:
-        """Note that a call came after the last one, and how much it had to tell."""
-        if self._usual < length <= self._longest:
+    def upcoming(self) -> Frame:
+        """Return the frame in which the next call is told of; it stays this group's own."""
+        length = self._following.get(self.state.item(LAST), self._usual)
+        frame = self._kept.get(length)
+        if frame is None:
+            if len(self._kept) >= MOST_KEPT:
+                self.close()
+            frame = self._kept[length] = Frame(self._transport, length, self.differ)
+        return frame
+
+    def agree(self, frame: Frame, signature: int, count: int) -> bool:
+        """Exchange the upcoming frame; return whether all ranks have this signature.  Collective.
+
+        Args:
+            frame: with what this rank has to tell, where that fits.
+            signature: of the call, 64 bits.
+            count: how many integers there are to tell; equal on all ranks of one signature.
+        """
+        signed = signature - (1 << 64) if signature >> 63 else signature
+        frame.mine[0] = signed
+        self.state[TOLD] += 1
+        frame.run()
+        if frame.signatures.tolist().count(signed) != len(frame.signatures):
+            self.differ()
+            return False
+        self._expect(self.state.item(LAST), count)
+        self.state[LAST] = signed
+        return True
+
+    def differ(self) -> None:
+        """Expect nothing any more: a rank in another call has not seen what the others told."""
+        self._following.clear()
+        self.state[LAST] = 0
+        self.state[CHANGES] += 1
+
+    def _expect(self, last: int, count: int) -> None:
+        """Note how much there was to tell after the call `last`."""
+        expected = self._following.get(last)
+        if self._usual < count <= self._longest:
+            if expected == count:
+                return
             if len(self._following) >= MOST_EXPECTED:
                 self._following.clear()
-            self._following[self._last] = length
+            self._following[last] = count
+        elif expected is None:
+            return
         else:
-            self._following.pop(self._last, None)
-        self._last = signature
+            del self._following[last]
+        self.state[CHANGES] += 1
 
-
-def _signed(value: int) -> int:
-    """Return an unsigned 64-bit integer as the signed one of the same bits."""
-    return value - (1 << 64) if value >> 63 else value
+    def close(self) -> None:
+        """Let go of the memory and of what the transport keeps for it."""
+        self.state[CHANGES] += 1
+        for frame in self._kept.values():
+            frame.exchange.free()
+        self._kept.clear()

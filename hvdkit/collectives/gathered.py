@@ -14,60 +14,107 @@ ranks and few bytes.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hvdkit.collectives.frames import LAST, Frame
 from hvdkit.collectives.group import Group
-from hvdkit.collectives.reduction import Reduction
-from hvdkit.dtypes import bfloat16
+from hvdkit.collectives.repeat import Bound
+from hvdkit.dtypes import DTYPES, ReduceOp, bfloat16
+from hvdkit.native import quick_gathered
 
 _INT = np.dtype(np.int64).itemsize
 
+#: Operations whose result is one of the operands: nothing is gained by combining in float32.
+_CHOICES = (ReduceOp.MIN, ReduceOp.MAX)
 
-def allreduce_gathered(
-    group: Group, plan: Reduction, source: NDArray[Any], target: NDArray[Any]
-) -> None:
-    """Reduce 1-D `source` of all ranks into 1-D `target`, which it may be; blocking.  Collective.
 
-    16-bit floats are combined and scaled in float32, and rounded once.
+def bind_gathered(group: Group, recipe: tuple[Any, ...], shape: tuple[int, ...]) -> Bound:
+    """Return the gathered all-reduce of arrays of a shape, with all else bound.
 
-    Raises:
-        MismatchError: on every rank, if ranks disagree; `target` is as it was.
+    Args:
+        group: the ranks.
+        recipe: dtype, op, prescale, divisor, postscale and signature, as the arena takes them.
+        shape: of the arrays.
     """
-    mine = _packed(source)
-    plan.begin(group, _elements(mine, source))
-    _combine(group, plan, group.gather(plan.call, mine), target)
+    general = GatheredAllreduce(group, recipe, shape)
+    general.quick = quick_gathered(general, recipe)
+    return general if general.quick is None else general.quick
 
 
-def allreduce_agreed(group: Group, plan: Reduction, data: NDArray[Any]) -> None:
-    """Reduce and finish 1-D `data`, which is scaled, of ranks that agree; blocking.  Collective."""
-    _combine(group, plan, group.transport.allgather_ints(_packed(data)), data)
+class GatheredAllreduce:
+    """The gathered all-reduce of arrays like one, in Python; fulfils `Bound`.
 
+    Args:
+        group, recipe, shape: as in `bind_gathered`.
+    """
 
-def _packed(data: NDArray[Any]) -> NDArray[np.int64]:
-    """Return a copy of `data` in as many integers as it takes."""
-    packed = np.zeros(-(-data.nbytes // _INT), np.int64)
-    np.copyto(_elements(packed, data), data)
-    return packed
+    def __init__(self, group: Group, recipe: tuple[Any, ...], shape: tuple[int, ...]) -> None:
+        self.calls = 0
+        self.nanoseconds = 0
+        self.quick: Any = None
+        """Does the same as this, as long as it is as the last time."""
+        dtype, op, self._prescale, self._divisor, self._postscale, self._signature = recipe
+        self._group = group
+        self._dtype = DTYPES[dtype]
+        self._op = ReduceOp(op)
+        self._widens = self._dtype in (np.float16, bfloat16) and self._op not in _CHOICES
+        self._nbytes = self._dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        self._count = -(-self._nbytes // _INT)
 
+    def __call__(self, source: NDArray[Any], target: NDArray[Any]) -> int:
+        """Reduce `source` of all ranks into `target`, which it may be; blocking.  Collective.
 
-def _elements(packed: NDArray[np.int64], like: NDArray[Any]) -> NDArray[Any]:
-    """Return the elements in `packed`, or in each row of it, as many as `like` has."""
-    return packed.view(np.uint8)[..., : like.nbytes].view(like.dtype)
+        Both are as `exported` has them.
 
+        Returns:
+            Nonzero if signatures differ: `target` is as it was.
+        """
+        began = time.perf_counter_ns()
+        frames, mine = self._group.frames, source.reshape(-1).view(self._dtype)
+        frame, last = frames.upcoming(), frames.state.item(LAST)
+        fits = self._count <= frame.length
+        if fits:
+            self._elements(frame.mine[1:])[:] = mine
+        if not frames.agree(frame, self._signature, self._count):
+            return 1
+        everyone = frame.rows[:, 1:] if fits else self._apart(mine)
+        self._combine(everyone, target.reshape(-1).view(self._dtype))
+        if fits and self.quick is not None:
+            self._prepare(frame, last)
+        self.calls += 1
+        self.nanoseconds += time.perf_counter_ns() - began
+        return 0
 
-def _combine(
-    group: Group, plan: Reduction, everyone: NDArray[np.int64], target: NDArray[Any]
-) -> None:
-    """Set `target` to the result of every rank's elements."""
-    with np.errstate(all="ignore"):
-        rows = _elements(everyone, target)
-        if target.dtype in (np.float16, bfloat16):
-            rows = rows.astype(np.float32)
-        total = rows[0].copy()
-        for theirs in rows[1:]:
-            group.kernels.reduce(total, theirs, plan.op, incoming_first=False)
-        plan.finish(group, total)
-        target[:] = total
+    def _prepare(self, frame: Frame, last: int) -> None:
+        """Let the native module make the next such call that comes after `last`."""
+        group = self._group
+        self.quick.prepare(last, group.rank, group.size, group.frames.state, frame.rows, frame)
+
+    def _apart(self, mine: NDArray[Any]) -> NDArray[np.int64]:
+        """Return everyone's elements, which did not fit in the frame: they follow on their own."""
+        packed = np.zeros(self._count, np.int64)
+        self._elements(packed)[:] = mine
+        return self._group.transport.allgather_ints(packed)
+
+    def _elements(self, packed: NDArray[np.int64]) -> NDArray[Any]:
+        return packed.view(np.uint8)[: self._nbytes].view(self._dtype)
+
+    def _combine(self, everyone: NDArray[np.int64], target: NDArray[Any]) -> None:
+        """Set `target` to the result; sums and products of 16-bit floats are rounded once."""
+        kernels = self._group.kernels
+        with np.errstate(all="ignore"):
+            rows = [self._elements(row) for row in everyone]
+            if self._widens:
+                rows = [row.astype(np.float32) for row in rows]
+            if self._prescale != 1.0:
+                for row in rows:
+                    kernels.scale(row, factor=self._prescale)
+            total = rows[0]
+            for theirs in rows[1:]:
+                kernels.reduce(total, theirs, self._op, incoming_first=False)
+            kernels.scale(total, divisor=self._divisor, factor=self._postscale)
+            target[:] = total

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from hvdkit.arrays import Results
 from hvdkit.collectives.calls import JOIN, JOINABLE, Call, joined_error, mismatch
 from hvdkit.collectives.executor import Executor
-from hvdkit.collectives.frames import Frames
+from hvdkit.collectives.frames import TOLD, Frames
 from hvdkit.collectives.pick import NO_HIERARCHY
 from hvdkit.collectives.program import Move, bounds_of, even_bounds, lay_out
 from hvdkit.dtypes import ReduceOp
 from hvdkit.errors import (
     HorovodInternalError,
+    HvdkitError,
     MismatchError,
     PeerError,
     UnsupportedError,
@@ -98,8 +99,7 @@ class Group:
         self.recorder: Recorder | None = None
         self.doing: Any = None
         """The call under way, or the last one; an all-reduce's plan stands for its call."""
-        self._agreed = 0
-        self._frames = Frames(transport)
+        self.frames = Frames(transport)
         self._failure: HorovodInternalError | None = None
         self._plans: dict[Any, Any] = {}
         self._retired: list[tuple[str, str, str, int, int, float]] = []
@@ -109,7 +109,9 @@ class Group:
     @property
     def operations(self) -> int:
         """How many operations this rank has begun: equal on ranks that are in the same one."""
-        return self._agreed + (self.arena.native.operations if self.arena is not None else 0)
+        return self.frames.state.item(TOLD) + (
+            self.arena.native.operations if self.arena is not None else 0
+        )
 
     @property
     def failure(self) -> HorovodInternalError | None:
@@ -139,6 +141,7 @@ class Group:
         if self.hierarchy is not None:
             self.hierarchy.close(in_step=in_step and self._failure is None)
         if in_step and self._failure is None and not self.executor.backoff.abandoned:
+            self.frames.close()
             self.transport.close()
 
     def record(
@@ -216,8 +219,7 @@ class Group:
         return self._gather(call, np.empty(0, np.int64)) is None
 
     def _gather(self, call: Call, mine: NDArray[np.int64]) -> NDArray[np.int64] | None:
-        self._agreed += 1
-        return self._frames.gather(call.signature, mine)
+        return self.frames.gather(call.signature, mine)
 
     def exchange(self, call: Call, values: Sequence[int]) -> NDArray[np.int64] | None:
         """Return each rank's `values` through the arena, or None if ranks' calls differ."""
@@ -266,6 +268,8 @@ class Group:
         """Call an operation of the native arena, and translate its error."""
         try:
             return operation(*arguments)
+        except HvdkitError:
+            raise
         except RuntimeError as exc:
             error = self.peer_error(exc)
             raise error from (None if error is self._failure else exc)

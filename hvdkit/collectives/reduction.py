@@ -8,6 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from hvdkit.collectives.calls import Call
+from hvdkit.collectives.gathered import bind_gathered
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.pick import pick, pick_allreduce
 from hvdkit.collectives.repeat import Bound
@@ -114,9 +115,11 @@ def _resolve(
     divisor = group.size if op is ReduceOp.AVERAGE else 1
     before, after = factors.values()
     native = (DTYPE_CODES[source.dtype], int(op), before, divisor, after, call.signature)
-    bound = None
+    bound: Bound | None = None
     if group.arena is not None and way == "shm":
         bound = group.arena.native.bind_allreduce(*native)
+    elif way == "gathered":
+        bound = bind_gathered(group, native, source.shape)
     return Reduction(
         call=call,
         op=op,

@@ -13,7 +13,17 @@ import numpy as np
 from hvdkit.native.interface import Kernels, ShortWay
 from hvdkit.native.numpy_kernels import NumpyKernels
 
-__all__ = ["Kernels", "NumpyKernels", "ShortWay", "load", "short_way", "why_unavailable"]
+__all__ = [
+    "Kernels",
+    "NumpyKernels",
+    "ShortWay",
+    "load",
+    "persistent",
+    "quick_gathered",
+    "short_way",
+    "swap",
+    "why_unavailable",
+]
 
 
 def why_unavailable() -> str | None:
@@ -41,6 +51,31 @@ def short_way(lane: Any, group: Any) -> ShortWay:
     from hvdkit.native import _native
 
     return _native.ShortWay(np.ndarray, np.empty, lane, group)
+
+
+def quick_gathered(otherwise: Any, recipe: tuple[Any, ...]) -> Any:
+    """Return a gathered all-reduce that asks `otherwise` when it must; None without the module."""
+    if why_unavailable() is not None:
+        return None
+    from hvdkit.native import _native
+
+    return _native.Gathered(otherwise, recipe)
+
+
+def persistent(*messages: Any) -> Any:
+    """Return messages of an MPI library to start again and again; None without the module."""
+    if why_unavailable() is not None:
+        return None
+    from hvdkit.native import _native
+
+    return _native.Persistent(*messages)
+
+
+def swap(handles: tuple[int, ...], *rows: Any) -> list[tuple[int, bytes, bytes]] | None:
+    """Exchange rows over sockets as far as can be at once; needs the module."""
+    from hvdkit.native import _native
+
+    return _native.swap(handles, *rows)
 
 
 class NoShortWay:

@@ -22,6 +22,24 @@ def cpu_features() -> str: ...
 def variants() -> list[str]: ...
 def select_variant(name: str, /) -> None: ...
 def arena_bytes(size: int, slot_bytes: int, /) -> int: ...
+def swap(
+    handles: tuple[int, ...],
+    places: tuple[int, ...],
+    header: _Buffer,
+    rows: _Buffer,
+    rank: int,
+    size: int,
+    looks: int,
+    /,
+) -> list[tuple[int, bytes, bytes]] | None:
+    """Send `header` and row `rank` of `rows` over sockets, and receive the rows of `places`.
+
+    Looks `looks` times, then yields the core for a while; ends when something else comes.
+
+    Returns:
+        None if all is done; else for each socket how many bytes have gone, and of what has come the
+        first 16 and the others, which may not be the row.
+    """
 
 class ArenaError(RuntimeError):
     """A local rank died, gave up or closed while others waited for it; or this one is closed."""
@@ -128,3 +146,52 @@ class ShortWay:
         /,
     ) -> None: ...
     def clear(self) -> None: ...
+
+@final
+class Gathered:
+    """A small all-reduce by messages, as long as it is like the last; see `collectives.gathered`.
+
+    Args:
+        otherwise: ``(source, target)`` does it whenever it is not; it calls `prepare`.
+        recipe: dtype, op, prescale, divisor, postscale, signature.
+    """
+
+    def __init__(
+        self, otherwise: Callable[[Any, Any], int], recipe: tuple[Any, ...], /
+    ) -> None: ...
+    @property
+    def calls(self) -> int: ...
+    @property
+    def nanoseconds(self) -> int: ...
+    def __call__(self, source: Any, target: Any, /) -> int: ...
+    def prepare(
+        self, last: int, rank: int, size: int, state: _Buffer, rows: _Buffer, frame: Any, /
+    ) -> None:
+        """Take the next call after `last`; ``frame.run()`` exchanges `rows`."""
+
+@final
+class Persistent:
+    """Persistent messages of an MPI library, by the addresses of its own functions and requests.
+
+    Args:
+        start, test: addresses of MPI_Startall and MPI_Testall.
+        requests, statuses: memory of `count` of each, the former with their handles.
+        looks: how often to look for the end of the messages before yielding the core.
+        wait: called if they have not ended soon.
+
+    Raises:
+        RuntimeError: the library reports an error.
+    """
+
+    def __init__(
+        self,
+        start: int,
+        test: int,
+        requests: _Buffer,
+        statuses: _Buffer,
+        count: int,
+        looks: int,
+        wait: Callable[[], None],
+        /,
+    ) -> None: ...
+    def __call__(self) -> None: ...

@@ -40,6 +40,32 @@ class Request(Protocol):
         ...
 
 
+class PreparedAllgather(Protocol):
+    """An all-gather of one piece of memory, to be made again and again."""
+
+    def run(self) -> None:
+        """Receive every other rank's row into its own, and send them this rank's.  Collective."""
+        ...
+
+    def free(self) -> None:
+        """Let go of what the transport keeps for it.  Local."""
+        ...
+
+
+class GeneralAllgather:
+    """A `PreparedAllgather` of a transport that has nothing to prepare."""
+
+    def __init__(self, transport: Transport, rows: NDArray[np.int64]) -> None:
+        self._transport = transport
+        self._rows = rows
+
+    def run(self) -> None:
+        self._rows[:] = self._transport.allgather_ints(self._rows[self._transport.rank])
+
+    def free(self) -> None:
+        pass
+
+
 class Transport(Protocol):
     """Messages among `size` ranks.  Those from one rank to another keep their order."""
 
@@ -56,6 +82,13 @@ class Transport(Protocol):
 
     def allgather_ints(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return every rank's `values` (1-D, of one length on all ranks) as ``(size, length)``."""
+        ...
+
+    def prepare_allgather(self, rows: NDArray[np.int64]) -> PreparedAllgather:
+        """Return an all-gather of `rows`, ``(size, length)``, each rank's in its place.  Local.
+
+        Ranks run what they prepared of one length in one order.
+        """
         ...
 
     def allgather_object(self, value: T) -> list[T]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from itertools import accumulate
 from typing import Any, TypeVar, cast
@@ -15,10 +15,28 @@ from numpy.typing import NDArray
 
 from hvdkit.dtypes import ReduceOp, bfloat16
 from hvdkit.errors import UnsupportedError
-from hvdkit.transport.base import Backoff, Bytes, Request, Topology
+from hvdkit.native import persistent
+from hvdkit.transport.base import (
+    Backoff,
+    Bytes,
+    GeneralAllgather,
+    PreparedAllgather,
+    Request,
+    Topology,
+)
 from hvdkit.transport.device import DeviceArray, Memory
 
 T = TypeVar("T")
+
+#: Up to this many ranks everyone writes to everyone where a small all-gather is prepared.
+FEW = 8
+
+#: Bytes of such a message, at most: what libraries send at once, without asking whether the
+#: receiver is ready.
+EAGER = 32 * 1024
+
+#: The tag of those messages: the largest that every library has, so that they meet no others.
+PREPARED_TAG = 32767
 
 #: The largest count that every MPI library takes.
 LARGEST_COUNT = 2**31 - 1
@@ -81,6 +99,65 @@ def cuda_aware() -> bool:
 def world_size() -> int:
     """Return the size of MPI_COMM_WORLD."""
     return MPI.COMM_WORLD.Get_size()
+
+
+class _PersistentAllgather:
+    """An all-gather among few ranks of messages that were set up once.
+
+    The library's own nonblocking one is scheduled anew each time, which takes it longer than a
+    small message; its blocking one could not be interrupted.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, rows: NDArray[np.int64], backoff: Backoff) -> None:
+        mine, self._backoff = comm.Get_rank(), backoff
+        self._requests: list[MPI.Prequest] = []
+        for rank in range(comm.Get_size()):
+            if rank != mine:
+                for theirs in _pieces(rows[rank]):
+                    self._requests.append(comm.Recv_init(theirs, source=rank, tag=PREPARED_TAG))
+                for ours in _pieces(rows[mine]):
+                    self._requests.append(comm.Send_init(ours, dest=rank, tag=PREPARED_TAG))
+        self.run = self._natively() or self._start_and_wait
+
+    def _natively(self) -> Callable[[], None] | None:
+        """Return what the native module makes of it: Python takes as long as a small message."""
+        library = ctypes.CDLL(MPI.__file__)  # in which the symbols of libmpi are found, too
+        functions = [getattr(library, name, None) for name in ("MPI_Startall", "MPI_Testall")]
+        if not self._requests or None in functions:
+            return None
+        addresses = [ctypes.cast(cast(Any, found), ctypes.c_void_p).value for found in functions]
+        size = MPI._sizeof(MPI.Request)
+        handles = b"".join(ctypes.string_at(MPI._addressof(r), size) for r in self._requests)
+        count = len(self._requests)
+        statuses = bytearray(count * MPI._sizeof(MPI.Status))
+        memory = bytearray(handles), statuses, count
+        made = persistent(*addresses, *memory, self._backoff.spin, self._wait)
+        return cast("Callable[[], None] | None", made)
+
+    def Test(self) -> bool:  # noqa: N802  (as a request has it)
+        return MPI.Request.Testall(self._requests)
+
+    def _start_and_wait(self) -> None:
+        if self._requests:
+            MPI.Prequest.Startall(self._requests)
+            self._wait()
+
+    def _wait(self) -> None:
+        self._backoff.wait(self)
+
+    def free(self) -> None:
+        """Let go of the messages, unless some were given up and may yet come."""
+        if not MPI.Is_finalized() and self not in self._backoff.abandoned:
+            for request in self._requests:
+                request.Free()
+        self._requests.clear()
+
+
+def _pieces(row: NDArray[np.int64]) -> Iterator[tuple[Bytes, MPI.Datatype]]:
+    """Return the messages in which a row travels."""
+    data = row.view(np.uint8)
+    for start in range(0, data.size, EAGER):
+        yield data[start : start + EAGER], MPI.BYTE
 
 
 class MPITransport:
@@ -171,6 +248,11 @@ class MPITransport:
         gathered = np.empty((self.size, len(values)), np.int64)
         self.backoff.wait(self.comm.Iallgather(values, gathered))
         return gathered
+
+    def prepare_allgather(self, rows: NDArray[np.int64]) -> PreparedAllgather:
+        if self.size > FEW:
+            return GeneralAllgather(self, rows)
+        return _PersistentAllgather(self.comm, rows, self.backoff)
 
     def allgather_object(self, value: T) -> list[T]:
         mine = np.frombuffer(pickle.dumps(value), np.uint8)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdkit.transport.base import Backoff, Bytes
+from hvdkit.transport.base import Backoff, Bytes, GeneralAllgather, PreparedAllgather
 
 T = TypeVar("T")
 
@@ -147,6 +147,9 @@ class ThreadTransport:
 
     def allgather_ints(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.stack(self.allgather_object(values.copy()))
+
+    def prepare_allgather(self, rows: NDArray[np.int64]) -> PreparedAllgather:
+        return GeneralAllgather(self, rows)
 
     def broadcast_object(self, value: Any, root: int) -> Any:
         return self.allgather_object(value)[root]

@@ -98,3 +98,20 @@ def test_gathered_among_all_ranks(group):
         x = np.full(count, RANK + 1, np.int32)
         collectives.allreduce(group, x, x, op=ReduceOp.SUM, **how)
         assert (x == SIZE * (SIZE + 1) // 2).all()
+
+
+def test_gathered_again_and_again_whatever_comes_in_between(group):
+    """Messages that were set up once, in several pieces where they are long."""
+    rng = np.random.default_rng(3)  # the same on all ranks
+    for turn, count in enumerate(rng.choice([1, 60, 6000, 12_000], 200)):
+        x = np.full(count, RANK + turn, np.float64)
+        collectives.allreduce(group, x, x, op=ReduceOp.SUM, **(HOW | {"algorithm": "gathered"}))
+        assert (x == SIZE * turn + SIZE * (SIZE - 1) // 2).all()
+        if rng.integers(5) == 0:
+            collectives.barrier(group, name=None, algorithm="dissemination")
+        if rng.integers(20) == 0:
+            wrong = np.ones(count + RANK)
+            with pytest.raises(MismatchError, match="disagree on the shape"):
+                collectives.allreduce(
+                    group, wrong, wrong, op=ReduceOp.SUM, **(HOW | {"algorithm": "gathered"})
+                )

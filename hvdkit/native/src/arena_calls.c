@@ -70,17 +70,6 @@ static PyObject *as_result(const ArenaObject *self, int status)
 
 /* ------------------------------------------------------------------------------------ arguments */
 
-int hv_arg_recipe(PyObject *const *args, hv_recipe *recipe)
-{
-    return hv_arg_dtype(args[0], &recipe->dtype) ||
-                   hv_arg_op(args[1], recipe->dtype, &recipe->op) ||
-                   hv_arg_factor(args[2], recipe->dtype, &recipe->prescale) ||
-                   hv_arg_divisor(args[3], recipe->dtype, &recipe->divisor) ||
-                   hv_arg_factor(args[4], recipe->dtype, &recipe->postscale)
-               ? -1
-               : 0;
-}
-
 /* A tuple of one count a rank; their sum in units of `unit` bytes must be `bytes`. */
 static size_t *arg_counts(const ArenaObject *self, PyObject *object, const char *name, size_t unit,
                           Py_ssize_t bytes)

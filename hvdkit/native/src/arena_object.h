@@ -25,8 +25,6 @@ int hv_check_usable(const ArenaObject *self);
 /* Called while waiting, without the GIL.  Handlers of signals run; one that raises ends the wait. */
 int hv_run_signal_handlers(void *context);
 
-/* dtype, op, prescale, divisor, postscale, in this order. */
-int hv_arg_recipe(PyObject *const *args, hv_recipe *recipe);
 PyObject *hv_run_allreduce(ArenaObject *self, PyObject *src, PyObject *dst,
                            const hv_recipe *recipe, uint64_t signature);
 

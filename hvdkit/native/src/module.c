@@ -174,6 +174,11 @@ static PyMethodDef functions[] = {
     { "cpu_features", cpu_features, METH_NOARGS, cpu_features_doc },
     { "variants", variants, METH_NOARGS, variants_doc },
     { "select_variant", select_variant, METH_O, select_variant_doc },
+#if defined(__linux__)
+    { "swap", hv_py_swap, METH_VARARGS,
+      "swap(handles, places, header, rows, rank, size, looks)\n--\n\n"
+      "Exchange rows over sockets; None if that is done, else how far it is with each." },
+#endif
     { NULL, NULL, 0, NULL },
 };
 
@@ -189,7 +194,7 @@ PyMODINIT_FUNC PyInit__native(void)
 {
     hv_variant_select(hv_variant_at(hv_variant_count() - 1));
     PyObject *module = PyModule_Create(&definition);
-    if (module && hv_add_short_way(module))
+    if (module && (hv_add_short_way(module) || hv_add_gathered(module) || hv_add_persistent(module)))
         Py_CLEAR(module);
 #if defined(__linux__)
     if (module && hv_add_arena(module))

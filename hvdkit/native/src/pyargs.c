@@ -89,3 +89,14 @@ int hv_arg_elements(Py_ssize_t bytes, enum hv_dtype dtype, size_t *count)
                  itemsize);
     return -1;
 }
+
+int hv_arg_recipe(PyObject *const *args, hv_recipe *recipe)
+{
+    return hv_arg_dtype(args[0], &recipe->dtype) ||
+                   hv_arg_op(args[1], recipe->dtype, &recipe->op) ||
+                   hv_arg_factor(args[2], recipe->dtype, &recipe->prescale) ||
+                   hv_arg_divisor(args[3], recipe->dtype, &recipe->divisor) ||
+                   hv_arg_factor(args[4], recipe->dtype, &recipe->postscale)
+               ? -1
+               : 0;
+}

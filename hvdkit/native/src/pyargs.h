@@ -21,12 +21,18 @@ int hv_arg_factor(PyObject *object, enum hv_dtype dtype, double *factor);
 /* How many elements `bytes` are; a ValueError if not a whole number. */
 int hv_arg_elements(Py_ssize_t bytes, enum hv_dtype dtype, size_t *count);
 
-/* Add the type ShortWay to the module. */
+/* dtype, op, prescale, divisor, postscale, in this order. */
+int hv_arg_recipe(PyObject *const *args, hv_recipe *recipe);
+
+/* Add a type to the module. */
 int hv_add_short_way(PyObject *module);
+int hv_add_gathered(PyObject *module);
+int hv_add_persistent(PyObject *module);
 
 #if defined(__linux__)
 /* Add the type Arena, the exception ArenaError and the function arena_bytes to the module. */
 int hv_add_arena(PyObject *module);
+PyObject *hv_py_swap(PyObject *module, PyObject *args);
 #endif
 
 #endif

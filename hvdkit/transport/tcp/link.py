@@ -76,6 +76,11 @@ class Link:
         """Whether all that was to be sent has been."""
         return not self._departures
 
+    @property
+    def between(self) -> bool:
+        """Whether no message is on its way, in either direction, as far as this end knows."""
+        return not self._departures and self._arrival is None and not self._staged
+
     # Sending
 
     def send(self, channel: int, data: memoryview, operation: Operation | None) -> bool:
@@ -84,7 +89,14 @@ class Link:
         Raises:
             OSError: the connection is lost.
         """
-        views = [memoryview(HEADER.pack(channel, len(data))), data]
+        return self.go_on([memoryview(HEADER.pack(channel, len(data))), data], operation)
+
+    def go_on(self, views: list[memoryview], operation: Operation | None) -> bool:
+        """Send a message, or the rest of one, as far as can be now; return whether that was all.
+
+        Raises:
+            OSError: the connection is lost.
+        """
         if self._departures or not self._write(views):
             self._departures.append(_Departure(views, operation))
             return False
@@ -149,27 +161,43 @@ class Link:
         """
         completed, turn = 0, TURN_BYTES
         while turn > 0:
-            arrival = self._arrival
-            if arrival is None:
-                place = self._stage[self._staged :]
-            else:
-                place = arrival.memory[arrival.filled :]
+            place = self._place()
             try:
                 count = self.sock.recv_into(place)
             except BlockingIOError:
                 break
             if count == 0:
                 raise ConnectionError("its connection was closed")
-            if arrival is None:
-                self._staged += count
-                completed += self._unpack()
-            else:
-                arrival.filled += count
-                completed += self._finish()
+            completed += self._took(count)
             if count < len(place):
                 break
             turn -= count
         return completed
+
+    def take(self, data: bytes) -> int:
+        """Take what somebody else has received; return how many messages are complete by that."""
+        completed, left = 0, memoryview(data)
+        while left:
+            place = self._place()
+            count = min(len(place), len(left))
+            place[:count] = left[:count]
+            completed += self._took(count)
+            left = left[count:]
+        return completed
+
+    def _place(self) -> memoryview:
+        """Return where what comes next goes."""
+        if self._arrival is None:
+            return self._stage[self._staged :]
+        return self._arrival.memory[self._arrival.filled :]
+
+    def _took(self, count: int) -> int:
+        """Note what has come there; return how many messages are complete by that."""
+        if self._arrival is None:
+            self._staged += count
+            return self._unpack()
+        self._arrival.filled += count
+        return self._finish()
 
     def _unpack(self) -> int:
         """Hand on what is in the stage; return how many messages are complete by that."""

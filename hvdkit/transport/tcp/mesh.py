@@ -25,6 +25,7 @@ from hvdkit.errors import PeerError
 from hvdkit.transport.tcp.forks import forget_in_children
 from hvdkit.transport.tcp.link import Link, prepare
 from hvdkit.transport.tcp.messages import CONTROL, Matching, Operation
+from hvdkit.transport.tcp.swap import NOTHING, Progress, Swap
 
 _GOODBYE, _ABORT = b"G", b"A"  # the first byte of a control message; a text may follow
 
@@ -100,6 +101,46 @@ class Mesh:
         with self.lock:
             self._matching.post(operation, channel, memory)
         return operation
+
+    def swap(self, rows: Swap) -> list[Operation]:
+        """Exchange rows as far as can be now; return what of it is still to be waited for."""
+        with self.lock:
+            links = [self._links[peer] for peer in rows.peers]
+            quick = (
+                all(link.between and link.peer not in self._left for link in links)
+                and not (self.closed or self._failure)
+                and self._matching.is_empty(rows.channel)
+            )
+            left: list[Progress] | None = [NOTHING] * len(links)
+            if quick:
+                left = rows.now(tuple([link.sock.fileno() for link in links]))
+            if left is None:
+                return []
+            operations = []
+            for link, memory, progress in zip(links, rows.theirs, left, strict=True):
+                operations += self._go_on(link, rows, memory, progress)
+        return operations
+
+    def _go_on(
+        self, link: Link, rows: Swap, memory: memoryview, progress: Progress
+    ) -> list[Operation]:
+        """Let a message each way go on that has come so far."""
+        sending, receiving = Operation(self, link.peer), Operation(self, link.peer)
+        sent, header, row = progress
+        views = rows.left(sent)
+        sending.done = not views
+        self._matching.post(receiving, rows.channel, memory)
+        if self._why_not(link.peer) is None:
+            try:
+                if link.take(header + row):
+                    self._tell()
+                if views:
+                    sending.done = link.go_on(views, sending)
+                if not sending.done:
+                    self._epoll.modify(link.sock, _OUT)
+            except OSError as exc:
+                self._lose(link, exc)
+        return [sending, receiving]
 
     def take(self, channel: int, source: int) -> bytes | None:
         """Return the next message, of whatever length, if all of it is there.

@@ -115,6 +115,10 @@ class Matching:
                 return source, inbox.arrived[0].nbytes
         return None
 
+    def is_empty(self, channel: int) -> bool:
+        """Return whether no message of a channel is waited for, and none waits."""
+        return channel not in self._inboxes and channel not in self._over
+
     def take(self, channel: int, source: int) -> bytes | None:
         """Return the next message if all of it is there."""
         inbox = self._inboxes.get(channel, {}).get(source)

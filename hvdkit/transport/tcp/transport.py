@@ -16,8 +16,17 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdkit.transport.base import Backoff, Bytes, Request, Topology
+from hvdkit.native import why_unavailable
+from hvdkit.transport.base import (
+    Backoff,
+    Bytes,
+    GeneralAllgather,
+    PreparedAllgather,
+    Request,
+    Topology,
+)
 from hvdkit.transport.tcp.mesh import Mesh
+from hvdkit.transport.tcp.swap import Swap
 
 T = TypeVar("T")
 
@@ -164,6 +173,11 @@ class TCPTransport:
     def allgather_ints(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
         blocks = self._allgather(np.ascontiguousarray(values, np.int64).tobytes())
         return np.frombuffer(b"".join(blocks), np.int64).reshape(self.size, len(values)).copy()
+
+    def prepare_allgather(self, rows: NDArray[np.int64]) -> PreparedAllgather:
+        if not 1 < self.size <= _FEW or why_unavailable() is not None:
+            return GeneralAllgather(self, rows)
+        return Swap(self._mesh, self._control, self._members, rows=rows, backoff=self.backoff)
 
     def allgather_object(self, value: T) -> list[T]:
         return [pickle.loads(block) for block in self._allgather(pickle.dumps(value))]
