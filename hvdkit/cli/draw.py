@@ -13,6 +13,7 @@ from hvdkit.parallel.pipeline import svg
 from hvdkit.parallel.pipeline.instructions import Times
 from hvdkit.parallel.pipeline.registry import SCHEDULES, PipelineSchedule
 from hvdkit.schedules.draw import DEFAULT_SEGMENTS, draw_svg, draw_text
+from hvdkit.schedules.hierarchical import hierarchical
 from hvdkit.schedules.registry import ALGORITHMS, Algorithm, get
 
 if TYPE_CHECKING:
@@ -20,11 +21,15 @@ if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
 DEFAULT_RANKS = 4
+DEFAULT_RANKS_PER_NODE = 2
 DEFAULT_STAGES = 4
 DEFAULT_MICROBATCHES = 8
 DEFAULT_CHUNKS = 2
 
-_OF_ALGORITHMS = ("ranks", "collective", "segments")
+#: The all-reduce that is one for each number of ranks a node, and so not in the registry.
+HIERARCHICAL = "hierarchical"
+
+_OF_ALGORITHMS = ("ranks", "collective", "segments", "ranks_per_node")
 _DURATIONS = ("forward", "backward_input", "backward_weight")
 _OF_SCHEDULES = ("stages", "microbatches", "chunks", *_DURATIONS)
 
@@ -51,6 +56,9 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     of_algorithm.add_argument(
         "--segments", type=int, help=f"of a pipelined algorithm (default {DEFAULT_SEGMENTS})"
+    )
+    of_algorithm.add_argument(
+        "--ranks-per-node", type=int, help=f"of {HIERARCHICAL} (default {DEFAULT_RANKS_PER_NODE})"
     )
     _add_schedule_options(parser.add_argument_group("of a pipeline schedule"))
     parser.set_defaults(run=run)
@@ -104,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         if args.out is not None:
             _write(args.out, svg.draw_svg(drawing))
         return 0
-    algorithm = find(args.algorithm, args.collective)
+    algorithm = find(args.algorithm, args.collective, args.ranks_per_node)
     _refuse(args, _OF_SCHEDULES, f"{args.algorithm} is a collective algorithm")
     ranks = DEFAULT_RANKS if args.ranks is None else args.ranks
     print(draw_text(algorithm, ranks, segments=args.segments))
@@ -140,12 +148,20 @@ def _write(path: Path, picture: str) -> None:
     print(f"wrote {path}")
 
 
-def find(name: str, collective: str | None) -> Algorithm:
+def find(name: str, collective: str | None, ranks_per_node: int | None = None) -> Algorithm:
     """Return the algorithm called `name`; all-reduce's, where several collectives have one.
 
     Raises:
-        ArgumentError: nothing is called so; the message lists what there is.
+        ArgumentError: nothing is called so, and the message lists what there is; or it does not
+            know of nodes, or of so many ranks on one.
     """
+    if name == HIERARCHICAL and collective in (None, "allreduce"):
+        per_node = DEFAULT_RANKS_PER_NODE if ranks_per_node is None else ranks_per_node
+        if per_node < 1:
+            raise ArgumentError(f"a node has at least one rank, not {per_node}")
+        return hierarchical(per_node)
+    if ranks_per_node is not None:
+        raise ArgumentError(f"{name} knows no nodes: leave --ranks-per-node out")
     if collective is not None:
         return get(collective, name)
     holders = [collective for collective, known in ALGORITHMS.items() if name in known]
@@ -157,5 +173,6 @@ def find(name: str, collective: str | None) -> Algorithm:
 def known_names() -> str:
     """Return the known names, a line a collective and one for the pipeline schedules."""
     names = {kind: ", ".join(known) for kind, known in ALGORITHMS.items()}
+    names["allreduce"] += f", {HIERARCHICAL}"
     names["pipeline"] = ", ".join(SCHEDULES)
     return "\n".join(f"  {kind}: {known}" for kind, known in names.items())

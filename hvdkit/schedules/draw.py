@@ -68,7 +68,8 @@ def plan(algorithm: Algorithm, size: int, segments: int | None = None) -> Drawin
     for message in sorted(messages, key=lambda message: message.source):
         rounds[message.round - 1].append(message)
     measured = Cost(report.rounds, Fraction(report.max_chunks_sent, chunks))
-    formula, bound = algorithm.cost(size, chunks), lower_bound(algorithm.collective, size)
+    bound = lower_bound(algorithm.collective, size)
+    steps, sent = _formulas(algorithm, size, chunks)
     return Drawing(
         title=(
             f"{algorithm.collective}, {algorithm.name} [{algorithm.source}]: "
@@ -78,11 +79,20 @@ def plan(algorithm: Algorithm, size: int, segments: int | None = None) -> Drawin
         rounds=rounds,
         legend=ALLTOALL_LEGEND if algorithm.collective == "alltoall" else IN_PLACE_LEGEND,
         totals=[
-            f"steps: {measured.steps} (formula {formula.steps}, lower bound {bound.steps})",
-            f"bytes sent by the busiest rank: {_bytes(measured)} (formula {_bytes(formula)}, "
+            f"steps: {measured.steps} ({steps}, lower bound {bound.steps})",
+            f"bytes sent by the busiest rank: {_bytes(measured)} ({sent}, "
             f"lower bound {_bytes(bound)})",
         ],
     )
+
+
+def _formulas(algorithm: Algorithm, size: int, chunks: int) -> tuple[str, str]:
+    """Return the steps and the bytes by the formula, in words; there may be none for the size."""
+    try:
+        cost = algorithm.cost(size, chunks)
+    except ArgumentError:
+        return ("no formula",) * 2
+    return f"formula {cost.steps}", f"formula {_bytes(cost)}"
 
 
 def label(message: Message) -> str:

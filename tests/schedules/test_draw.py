@@ -11,6 +11,7 @@ import pytest
 from hvdkit.cli import draw as command
 from hvdkit.errors import ArgumentError
 from hvdkit.schedules.draw import MAX_RANKS, chunk_label, draw_svg, draw_text
+from hvdkit.schedules.hierarchical import hierarchical
 from hvdkit.schedules.registry import Algorithm, get
 from hvdkit.schedules.verify import verify
 
@@ -147,6 +148,31 @@ def test_command_finds_an_algorithm_by_its_name_alone() -> None:
     assert command.find("ring", None).collective == "allreduce"
     assert command.find("bruck", None).collective == "allgather"
     assert command.find("ring", "reducescatter").collective == "reducescatter"
+
+
+def test_command_draws_the_hierarchical_all_reduce(capsys: pytest.CaptureFixture[str]) -> None:
+    args = arguments("hierarchical", "--ranks", "6", "--ranks-per-node", "3")
+    assert args.run(args) == 0
+    assert capsys.readouterr().out == draw_text(hierarchical(3), 6) + "\n"
+    args = arguments("hierarchical", "--ranks", "5")
+    assert args.run(args) == 0
+    shown = capsys.readouterr().out
+    assert "steps: 6 (no formula, lower bound 3)" in shown, "the last node is not full"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("ring", "--ranks-per-node", "2"), "ring knows no nodes: leave --ranks-per-node out"),
+        (("hierarchical", "--ranks-per-node", "0"), "a node has at least one rank, not 0"),
+        (("1f1b", "--ranks-per-node", "2"), "1f1b is a pipeline schedule: leave --ranks-per-node"),
+        (("hierarchical", "--collective", "allgather"), "the known ones are ring, bruck"),
+    ],
+)
+def test_command_says_who_knows_of_nodes(given: tuple[str, ...], said: str) -> None:
+    args = arguments(*given)
+    with pytest.raises(ArgumentError, match=said):
+        args.run(args)
 
 
 def test_command_answers_wrong_names_with_the_known_ones() -> None:
