@@ -21,6 +21,7 @@ from hvdkit.api import (
     cross_rank,
     cross_size,
     empty,
+    explain,
     init,
     is_initialized,
     join,
@@ -79,8 +80,7 @@ from hvdkit.queries import (
     nccl_built,
     rocm_built,
 )
-
-__version__ = "0.1.0"
+from hvdkit.version import __version__
 
 __all__ = [
     "Adasum",
@@ -106,6 +106,7 @@ __all__ = [
     "StallError",
     "Sum",
     "UnsupportedError",
+    "__version__",
     "add_process_set",
     "allgather",
     "allgather_object",
@@ -122,6 +123,7 @@ __all__ = [
     "cuda_built",
     "ddl_built",
     "empty",
+    "explain",
     "global_process_set",
     "gloo_built",
     "gloo_enabled",

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from hvdkit import collectives
+from hvdkit.collectives.explaining import Explanation
 from hvdkit.config import Config
 from hvdkit.context import Context
 from hvdkit.dtypes import Average
@@ -392,6 +394,26 @@ def stats() -> dict[str, dict[str, Any]]:
         "seconds": 0.1}}}, ...}``: by kind, dtype and algorithm.  Seconds include the waiting.
     """
     return context().recording.stats.snapshot()
+
+
+def explain(
+    nbytes: int, kind: str = "allreduce", process_set: ProcessSet | None = None
+) -> Explanation:
+    """Return what ``"auto"`` picks for a message, and how long each algorithm would take.  Local.
+
+    Args:
+        nbytes: of the message: of the array of an all-reduce, reduce-scatter or broadcast, of the
+            result of an all-gather, of all that a rank has to send of an all-to-all.
+        kind: the collective: ``"allreduce"``, ``"allgather"``, ...
+        process_set: whose ranks take part; None: all ranks.
+
+    Returns:
+        What prints as a table.  Times are measured or fitted if ``hvdkit tune`` was here.
+
+    Raises:
+        ArgumentError: no such collective, or no number of bytes.
+    """
+    return collectives.explain(communicator(process_set).group, nbytes, kind)
 
 
 def empty(shape: Sequence[int] | int, dtype: DTypeLike = np.float32) -> NDArray[Any]:

@@ -33,6 +33,13 @@ NOT_CONFIGURATION = frozenset(
     )
 )
 
+#: Bytes of a segment and of a bucket on a machine that nobody has tuned.
+SEGMENT_BYTES = 512 * KIB
+BUCKET_BYTES = 25 * MIB
+
+#: What stands in the place of a tuning file's name where none is to be read.
+NO_TUNING = Path("off")
+
 _UNITS = {"": 1, "k": KIB, "m": MIB, "g": 1024 * MIB}
 _SIZE = re.compile(r"(\d+)\s*([kmg]?)(?:i?b)?", re.IGNORECASE)
 
@@ -128,13 +135,22 @@ class Config:
     spin: int = _knob(2000, _count, "HVDKIT_SPIN")
     """How often a waiting rank looks before it gives up its core, where it has one of its own."""
 
-    segment_bytes: int = _knob(512 * KIB, _positive_bytes, "HVDKIT_SEGMENT")
-    """Bytes of a message: a chunk is cut in segments, one reduced while the next arrives."""
+    segment_bytes: int | None = _knob(None, _positive_bytes, "HVDKIT_SEGMENT")
+    """Bytes of a message: a chunk is cut in segments, one reduced while the next arrives.
 
-    bucket_bytes: int = _knob(
-        25 * MIB, parse_bytes, "HVDKIT_FUSION_THRESHOLD", "HOROVOD_FUSION_THRESHOLD"
+    None: as the machine was tuned, or else `SEGMENT_BYTES`.
+    """
+
+    bucket_bytes: int | None = _knob(
+        None, parse_bytes, "HVDKIT_FUSION_THRESHOLD", "HOROVOD_FUSION_THRESHOLD"
     )
-    """Bytes of gradients that are reduced together; 0: each by itself."""
+    """Bytes of gradients that are reduced together; 0: each by itself.
+
+    None: as the machine was tuned, or else `BUCKET_BYTES`.
+    """
+
+    tuning_file: Path | None = _knob(None, Path, "HVDKIT_TUNING_FILE")
+    """What ``hvdkit tune`` has found; None: where it writes by itself, if there; ``off``: none."""
 
     stall_check: float = _knob(
         60.0, _seconds, "HVDKIT_STALL_CHECK_TIME_SECONDS", "HOROVOD_STALL_CHECK_TIME_SECONDS"

@@ -15,8 +15,9 @@ import numpy as np
 from hvdkit import native
 from hvdkit.collectives.calls import Call, mismatch
 from hvdkit.collectives.group import Group
+from hvdkit.collectives.hierarchical import Layout
 from hvdkit.collectives.joining import serve_joined
-from hvdkit.config import Config
+from hvdkit.config import BUCKET_BYTES, Config
 from hvdkit.engine.agreement import agree_on_gradients
 from hvdkit.engine.bucketing import Gradient
 from hvdkit.engine.channels import Channels
@@ -40,6 +41,9 @@ from hvdkit.transport.courier import Courier
 from hvdkit.transport.launcher import RANK_PROCESS, check_not_a_worker
 from hvdkit.transport.mail import Mail, MessageMail, PipeMail, WatchedMail
 from hvdkit.transport.opening import load_mpi, open_world
+from hvdkit.tuning.finding import agree_on_tuning, this_machine
+from hvdkit.tuning.record import Tuning, World
+from hvdkit.version import __version__
 
 log = logging.getLogger("hvdkit")
 
@@ -57,6 +61,7 @@ class Context:
         LauncherError: MPI is missing, or is not the MPI of the launcher, or has no threads; or the
             ranks did not meet in time.
         MismatchError: the ranks have different configurations.
+        ConfigError: the tuning file cannot be read, or is none.
         UnsupportedError: `comm` is not an intracommunicator.
     """
 
@@ -76,15 +81,24 @@ class Context:
         self._check_same_configuration()
         self._local, topology = self._transport.split_by_node()
         self.topology: Topology = topology
+        leader = self._local.broadcast_object(self.topology.rank, 0)
+        self.nodes = Layout.of(self._transport.allgather_object(leader)).nodes
+        """The ranks of each node, ascending."""
         self.local_sizes: tuple[int, ...] = tuple(
-            self._transport.allgather_object(self.topology.local_size)
+            next(len(node) for node in self.nodes if rank in node)
+            for rank in range(self.topology.size)
         )
         self._spin = config.spin if have_own_cores(self._local) else 0
         self._local.backoff.spin = self._spin
         self._check_threads()
         self.kernels = native.load(enabled=config.native)
         self.recording = Recording()
-        self._groups = GroupMaker(config, self.kernels, self.recording, spin=self._spin)
+        self.tuning = agree_on_tuning(
+            self._transport, config.tuning_file, self.describe_world, os.environ
+        )
+        self._groups = GroupMaker(
+            config, self.kernels, self.recording, spin=self._spin, tuning=self.tuning
+        )
         self.channels = Channels(self._transport, self._groups, threaded=self.threaded)
         self._members: dict[int, tuple[int, ...]] = {0: tuple(range(self.topology.size))}
         self._named: dict[int, Group] = {}
@@ -134,6 +148,39 @@ class Context:
     def abort(self, code: int) -> None:
         """End every process of the job at once."""
         self._transport.abort(code)
+
+    # Tuning
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Bytes of gradients that travel together: as configured, or tuned, or usual."""
+        if self.config.bucket_bytes is not None:
+            return self.config.bucket_bytes
+        tuned = None if self.tuning is None else self.tuning.bucket_bytes
+        return BUCKET_BYTES if tuned is None else tuned
+
+    def describe_world(self) -> World:
+        """Return what times depend on here.  Collective, blocking."""
+        machines = self._transport.allgather_object(this_machine())
+        return World(
+            hvdkit=__version__,
+            machines=tuple(sorted(set(machines))),
+            nodes=tuple(len(node) for node in self.nodes),
+            transport=self.kind,
+            library=load_mpi().library_version() if self.kind == "mpi" else "",
+            kernels=self.kernels.name,
+            shared_memory=self.config.shm and native.why_unavailable() is None,
+        )
+
+    def part(self, ranks: Sequence[int]) -> JobTransport:
+        """Return messages among `ranks`, apart from all others.  Collective among them."""
+        return self._transport.subset(ranks)
+
+    def adopt_tuning(self, tuning: Tuning) -> None:
+        """Choose by `tuning` from now on.  Collective, blocking."""
+        self.tuning = self._groups.tuning = tuning
+        self._groups.adopt(self.group, self.topology)
+        self.world.forget_short_ways()
 
     # Process sets
 
@@ -272,7 +319,7 @@ class Context:
         reducer = GradientReducer(
             agreed,
             channel=self.channels.beside(among, "gradients"),
-            bucket_bytes=self.config.bucket_bytes if bucket_bytes is None else bucket_bytes,
+            bucket_bytes=self.bucket_bytes if bucket_bytes is None else bucket_bytes,
             **how,
         )
         self.channels.keep(reducer.channel, among, reducer)
@@ -359,7 +406,7 @@ class Context:
             self._named,
             self._members,
             rank=self.topology.rank,
-            fuse_bytes=config.bucket_bytes,
+            fuse_bytes=self.bucket_bytes,
             watch=self._watch,
             recording=self.recording,
         )

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from hvdkit import __version__, native
-from hvdkit.config import Config
+from hvdkit.config import NO_TUNING, Config
 from hvdkit.errors import ConfigError, HvdkitError
 from hvdkit.transport.cores import cpu_quota
 from hvdkit.transport.launcher import check_world
 from hvdkit.transport.opening import Way, find_way, load_mpi
+from hvdkit.tuning.file import COMMAND, default_path, load
+from hvdkit.tuning.finding import this_machine
 
 #: One finding: whether all is well, what was looked at, what was found.
 Finding = tuple[bool, str, str]
@@ -163,6 +165,27 @@ def _shared_memory() -> Iterator[Finding]:
     yield enough, "shared memory", f"{directory}, {free / 2**20:,.0f} MiB free{hint}"
 
 
+def _tuning() -> Iterator[Finding]:
+    """Say for how many ranks this machine, or others, were measured."""
+    path = _config().tuning_file or default_path(os.environ)
+    if path == NO_TUNING:
+        yield True, "tuning", "switched off by HVDKIT_TUNING_FILE=off: auto goes by its defaults"
+        return
+    if not path.exists() and _config().tuning_file is None:
+        command = COMMAND.format(ranks="N")
+        yield True, "tuning", f"none: auto goes by its defaults; {command} measures this machine"
+        return
+    try:
+        entries = load(path)
+    except ConfigError as exc:
+        yield False, "tuning", f"init() will refuse it: {exc}"
+        return
+    here = [entry for entry in entries if this_machine() in entry.world.machines]
+    ranks = ", ".join(str(sum(entry.world.nodes)) for entry in here) or "no"
+    others = f"; {len(entries) - len(here)} for other machines" if len(entries) > len(here) else ""
+    yield True, "tuning", f"{path}: this machine with {ranks} ranks{others}"
+
+
 def _cores() -> Iterator[Finding]:
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     quota = cpu_quota()
@@ -235,6 +258,7 @@ _LOOKS: tuple[tuple[Callable[[], Iterator[Finding]], bool], ...] = (
     (_environment, True),
     (_native_module, False),
     (_shared_memory, False),
+    (_tuning, False),
     (_cores, False),
     (_gpus, False),
     (_frameworks, False),

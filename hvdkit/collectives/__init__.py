@@ -5,6 +5,7 @@ from hvdkit.collectives.allreduce import allreduce
 from hvdkit.collectives.alltoall import alltoall
 from hvdkit.collectives.barrier import barrier
 from hvdkit.collectives.broadcast import broadcast
+from hvdkit.collectives.explaining import explain
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.reducescatter import reducescatter
 
@@ -15,5 +16,6 @@ __all__ = [
     "alltoall",
     "barrier",
     "broadcast",
+    "explain",
     "reducescatter",
 ]

@@ -85,7 +85,11 @@ def allgather(
             shape=(int(rows.sum()), *row),
             counts=tuple((rows * width).tolist()),
             algorithm=pick(
-                "allgather", algorithm, int(rows.sum()) * width, no_arena=group.no_arena
+                "allgather",
+                algorithm,
+                int(rows.sum()) * width,
+                no_arena=group.no_arena,
+                estimates=group.estimates,
             ),
         )
 

@@ -81,7 +81,14 @@ def _plan(
             ("algorithm", algorithm),
         ),
     )
-    return call, pick("broadcast", algorithm, data.nbytes, no_arena=group.no_arena)
+    way = pick(
+        "broadcast",
+        algorithm,
+        data.nbytes,
+        no_arena=group.no_arena,
+        estimates=group.estimates,
+    )
+    return call, way
 
 
 def check_root(group: Group, root: object) -> None:

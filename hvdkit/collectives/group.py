@@ -28,6 +28,7 @@ from hvdkit.native import Kernels
 from hvdkit.schedules import registry
 from hvdkit.transport.arena import Arena
 from hvdkit.transport.base import Transport
+from hvdkit.tuning.estimates import Estimates
 
 if TYPE_CHECKING:
     from hvdkit.collectives.hierarchical import Hierarchy
@@ -94,6 +95,8 @@ class Group:
         self.hierarchy = None if isinstance(hierarchy, str) else hierarchy
         self.no_hierarchy = hierarchy if isinstance(hierarchy, str) else ""
         self.segment_bytes = segment_bytes
+        self.estimates = Estimates(None, transport.size, segment_bytes=segment_bytes)
+        """How long collectives take here, by what was measured: see `adopt`."""
         self.executor = Executor(transport, kernels, spin=spin)
         self.results = Results()
         self.recorder: Recorder | None = None
@@ -103,6 +106,14 @@ class Group:
         self._failure: HorovodInternalError | None = None
         self._plans: dict[Any, Any] = {}
         self._retired: list[tuple[str, str, str, int, int, float]] = []
+
+    def adopt(self, estimates: Estimates) -> None:
+        """Choose by `estimates`, of these ranks, from now on.  Local, and alike on all ranks."""
+        self.estimates = estimates
+        if self.hierarchy is not None:
+            self.hierarchy.adopt(estimates)
+        self._retired = list(self.counts())
+        self._plans.clear()
 
     # What the engine watches
 
@@ -330,13 +341,19 @@ class Group:
         root: int,
     ) -> tuple[Move, ...]:
         found = registry.get(kind, algorithm)
-        chunks = found.chunks(self.size, max(1, -(-target.nbytes // self.segment_bytes)))
+        # Counts, and so the bytes of `target`, may differ between ranks; messages may not.
+        segment = (
+            self.segment_bytes
+            if counts is not None
+            else self.estimates.segment_bytes(target.nbytes)
+        )
+        chunks = found.chunks(self.size, max(1, -(-target.nbytes // segment)))
         return lay_out(
             found.steps((self.rank - root) % self.size, self.size, chunks),
             self.size,
             even_bounds(target.size, chunks) if counts is None else bounds_of(counts),
             source=None if source_counts is None else bounds_of(source_counts),
-            longest=max(1, self.segment_bytes // target.itemsize),
+            longest=max(1, segment // target.itemsize),
             root=root,
         )
 

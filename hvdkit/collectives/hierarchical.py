@@ -37,6 +37,7 @@ from hvdkit.errors import HorovodInternalError
 from hvdkit.native import Kernels
 from hvdkit.transport.arena import Arena
 from hvdkit.transport.base import JobTransport, Transport
+from hvdkit.tuning.estimates import Estimates
 
 #: Why a group on one node has none.
 ONE_NODE = "the ranks are on one node"
@@ -107,6 +108,18 @@ class Hierarchy:
         shards = f"{self.layout.shards} shard{'s' * (self.layout.shards > 1)}"
         return f"{len(self.layout.nodes)} nodes, messages cut in {shards}"
 
+    def adopt(self, estimates: Estimates) -> None:
+        """Choose across nodes by what was measured.  Local, and alike on all ranks."""
+        if self.cross is not None:
+            across = Estimates(
+                estimates.tuning,
+                self.cross.size,
+                1,
+                sharing=self.layout.shards,
+                segment_bytes=estimates.fixed_segment,
+            )
+            self.cross.adopt(across)
+
     def allreduce(
         self, group: Group, plan: Reduction, source: NDArray[Any], target: NDArray[Any]
     ) -> None:
@@ -153,7 +166,7 @@ class Hierarchy:
     def _cross(self, cross: Group, group: Group, plan: Reduction, shard: NDArray[Any]) -> None:
         """Reduce and finish the shard of all nodes."""
         cross.recorder = group.recorder
-        way = pick_across(shard.nbytes, cross.size)
+        way = pick_across(shard.nbytes, cross.size, cross.estimates)
         if way == "gathered":
             self._cross_gathered(cross, plan, shard)
             return

@@ -1,12 +1,17 @@
-"""Which algorithm ``"auto"`` stands for: a pure function of what is known on every rank alike."""
+"""Which algorithm ``"auto"`` stands for: a pure function of what is known on every rank alike.
+
+Where the machine was measured, by ``hvdkit tune``, its times decide between the ways there are;
+what is written here is for machines that were not, and stays where another way is no better.
+"""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
-from hvdkit.config import KIB
+from hvdkit.config import KIB, MIB
 from hvdkit.errors import ArgumentError
 from hvdkit.schedules.registry import ALGORITHMS
+from hvdkit.tuning.estimates import Estimates
 
 #: The ranks' shared memory, and the MPI library's own collective.
 OTHER_WAYS = ("shm", "mpi")
@@ -14,9 +19,12 @@ OTHER_WAYS = ("shm", "mpi")
 #: What an all-reduce can be as well: see `hvdkit.collectives.gathered` and `.hierarchical`.
 _ALLREDUCES = ("gathered", "hierarchical")
 
+#: Gathering is not thought of beyond so many bytes of all ranks together.
+GATHERED_AT_ALL = 4 * MIB
+
 #: Up to how many bytes an all-reduce is gathered: of all ranks together where they are on one
-#: node, and into one node from the others where they are not.  Two ranks exchange as many bytes
-#: with any other algorithm.
+#: node, and into one node from the others where they are not.  Two ranks on a node exchange as
+#: many bytes with any other algorithm.
 GATHERED_WITHIN = 64 * KIB
 GATHERED_ACROSS = 32 * KIB
 GATHERED_BY_TWO = 64 * KIB
@@ -25,8 +33,9 @@ GATHERED_BY_TWO = 64 * KIB
 STEP_ACROSS = 100e-6
 BYTE_ACROSS = 8e-9
 
-#: Up to how many bytes every rank may reduce everything; beyond that, work is shared out.
-LARGEST_WHOLE = 512 * KIB
+#: Up to how many bytes every rank may reduce everything across nodes; beyond that, work is shared
+#: out: one half is reduced while the other is on its way.
+LARGEST_WHOLE = 32 * KIB
 
 #: Why a group has no hierarchy that was made without one.
 NO_HIERARCHY = "the ranks are not known to be on several nodes"
@@ -58,9 +67,40 @@ def pick_schedule(kind: str, nbytes: int) -> str:
     return next(name for limit, name in _BY_SIZE[kind] if nbytes <= limit)
 
 
+def ways(
+    kind: str, nbytes: int, size: int, *, no_arena: str, no_hierarchy: str = NO_HIERARCHY
+) -> tuple[str, ...]:
+    """Return what ``"auto"`` chooses from where the machine was measured.
+
+    In shared memory all collectives but the all-reduce are part of its own agreement, and the MPI
+    library's own promises no equal bits on all ranks.
+    """
+    if not no_arena:
+        return ("shm", *ALGORITHMS[kind]) if kind == "allreduce" else ("shm",)
+    found = list(ALGORITHMS[kind])
+    if kind == "allreduce" and size * nbytes <= GATHERED_AT_ALL:
+        found.append("gathered")
+    if kind == "allreduce" and not no_hierarchy:
+        found.append("hierarchical")
+    return tuple(found)
+
+
+def pick_across(nbytes: int, size: int, estimates: Estimates | None = None) -> str:
+    """Return the all-reduce algorithm among `size` ranks, each on a node of its own."""
+    usual = usual_across(nbytes, size)
+    if estimates is None:
+        return usual
+    others = ways("allreduce", nbytes, size, no_arena="one rank a node")
+    return estimates.best("allreduce", nbytes, _first(usual, others))
+
+
+def _first(usual: str, others: tuple[str, ...]) -> tuple[str, ...]:
+    return (usual, *[name for name in others if name != usual])
+
+
 @lru_cache
-def pick_across(nbytes: int, size: int) -> str:
-    """Return the all-reduce algorithm among `size` ranks, each on a node of its own.
+def usual_across(nbytes: int, size: int) -> str:
+    """Return what to take across nodes that were not measured.
 
     Gathered, or the schedule that costs least by its formula: a byte costs more between nodes than
     in a node's memory, and a number of ranks that is no power of two more bytes with doubling than
@@ -82,14 +122,21 @@ def pick_across(nbytes: int, size: int) -> str:
 
 def _gathers(nbytes: int, size: int, per_node: int) -> bool:
     """Return whether an all-reduce among ranks on several nodes, or on one (0), is gathered."""
-    if size <= 2:
+    if size <= 2 and per_node != 1:
         return nbytes <= GATHERED_BY_TWO
     if not per_node:
         return size * nbytes <= GATHERED_WITHIN
     return per_node * (size - per_node) * nbytes <= GATHERED_ACROSS
 
 
-def pick(kind: str, algorithm: str, nbytes: int, *, no_arena: str) -> str:
+def pick(
+    kind: str,
+    algorithm: str,
+    nbytes: int,
+    *,
+    no_arena: str,
+    estimates: Estimates | None = None,
+) -> str:
     """Return the algorithm to run, ``"auto"`` resolved.
 
     Args:
@@ -97,12 +144,17 @@ def pick(kind: str, algorithm: str, nbytes: int, *, no_arena: str) -> str:
         algorithm: what the user asked for.
         nbytes: bytes of the message, as the algorithms' formulas count them.
         no_arena: why the ranks share no memory; empty if they do.
+        estimates: what was measured of the ranks.
 
     Raises:
         ArgumentError: an unknown algorithm, with the known ones, or one that cannot be had here.
     """
     if algorithm == "auto":
-        return pick_schedule(kind, nbytes) if no_arena else "shm"
+        usual = pick_schedule(kind, nbytes) if no_arena else "shm"
+        if estimates is None or estimates.tuning is None:
+            return usual
+        others = ways(kind, nbytes, estimates.size, no_arena=no_arena)
+        return estimates.best(kind, nbytes, _first(usual, others))
     if algorithm not in known_algorithms(kind):
         known = ", ".join(known_algorithms(kind))
         raise ArgumentError(f"unknown {kind} algorithm {algorithm!r}; known are {known}")
@@ -119,11 +171,12 @@ def pick_allreduce(
     no_arena: str,
     no_hierarchy: str = NO_HIERARCHY,
     per_node: int = 0,
+    estimates: Estimates | None = None,
 ) -> str:
     """Return the algorithm of an all-reduce, ``"auto"`` resolved.
 
     Args:
-        algorithm, nbytes, no_arena: as `pick` has them.
+        algorithm, nbytes, no_arena, estimates: as `pick` has them.
         size: number of ranks.
         no_hierarchy: why the ranks have no hierarchy of nodes; empty if they do.
         per_node: how many ranks the fullest node of the hierarchy has.
@@ -133,10 +186,19 @@ def pick_allreduce(
     """
     if algorithm == "hierarchical" and no_hierarchy:
         raise ArgumentError(f"algorithm 'hierarchical' cannot be had here: {no_hierarchy}")
-    if algorithm == "auto" and no_arena:
-        if _gathers(nbytes, size, per_node):
-            return "gathered"
-        algorithm = "auto" if no_hierarchy else "hierarchical"
-    if algorithm == "hierarchical":
-        return algorithm if per_node > 1 else pick_across(nbytes, size)
-    return pick("allreduce", algorithm, nbytes, no_arena=no_arena)
+    flat = per_node <= 1
+    if algorithm == "hierarchical" and flat:
+        return pick_across(nbytes, size, estimates)
+    if algorithm != "auto" or not no_arena:
+        return pick("allreduce", algorithm, nbytes, no_arena=no_arena, estimates=estimates)
+    if _gathers(nbytes, size, per_node):
+        usual = "gathered"
+    elif no_hierarchy:
+        usual = pick_schedule("allreduce", nbytes)
+    else:
+        usual = usual_across(nbytes, size) if flat else "hierarchical"
+    if estimates is None:
+        return usual
+    nested = (no_hierarchy or "one rank a node") if flat else ""
+    others = ways("allreduce", nbytes, size, no_arena=no_arena, no_hierarchy=nested)
+    return estimates.best("allreduce", nbytes, _first(usual, others))

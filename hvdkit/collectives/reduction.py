@@ -111,7 +111,7 @@ def _resolve(
         ),
         {"arrays": ((source.dtype, source.shape),), "op": op, "algorithm": algorithm} | factors,
     )
-    way = _way(group, kind, algorithm, source.nbytes)
+    way = resolve(group, kind, algorithm, source.nbytes)
     divisor = group.size if op is ReduceOp.AVERAGE else 1
     before, after = factors.values()
     native = (DTYPE_CODES[source.dtype], int(op), before, divisor, after, call.signature)
@@ -133,10 +133,14 @@ def _resolve(
     )
 
 
-def _way(group: Group, kind: str, algorithm: str, nbytes: int) -> str:
-    """Return the algorithm to run."""
+def resolve(group: Group, kind: str, algorithm: str, nbytes: int) -> str:
+    """Return the algorithm to run, ``"auto"`` resolved.
+
+    Raises:
+        ArgumentError: as `hvdkit.collectives.pick.pick`.
+    """
     if kind != "allreduce":
-        return pick(kind, algorithm, nbytes, no_arena=group.no_arena)
+        return pick(kind, algorithm, nbytes, no_arena=group.no_arena, estimates=group.estimates)
     return pick_allreduce(
         algorithm,
         nbytes,
@@ -144,6 +148,7 @@ def _way(group: Group, kind: str, algorithm: str, nbytes: int) -> str:
         no_arena=group.no_arena,
         no_hierarchy=group.no_hierarchy,
         per_node=0 if group.hierarchy is None else group.hierarchy.layout.per_node,
+        estimates=group.estimates,
     )
 
 

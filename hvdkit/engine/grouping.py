@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
+
 from hvdkit import native
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.hierarchical import ONE_NODE, Hierarchy, open_hierarchy
-from hvdkit.config import Config
+from hvdkit.config import SEGMENT_BYTES, Config
 from hvdkit.engine.recording import Recording
 from hvdkit.native import Kernels
 from hvdkit.transport.arena import Arena
 from hvdkit.transport.base import JobTransport, Topology
+from hvdkit.tuning.estimates import Estimates
+from hvdkit.tuning.record import Tuning
 
 #: How often a rank looks before it sleeps, on a thread beside those that compute.
 SPIN_BESIDE = 1000
@@ -25,11 +29,20 @@ class GroupMaker:
         kernels: how chunks are reduced.
         recording: is told what the groups do.
         spin: how often a rank looks before it sleeps, on the user's own thread.
+        tuning: what was measured of the machine.
     """
 
     def __init__(
-        self, config: Config, kernels: Kernels, recording: Recording, *, spin: int
+        self,
+        config: Config,
+        kernels: Kernels,
+        recording: Recording,
+        *,
+        spin: int,
+        tuning: Tuning | None = None,
     ) -> None:
+        self.tuning = tuning
+        """What the groups choose by that are made from now on."""
         self._config = config
         self._kernels = kernels
         self._recording = recording
@@ -48,7 +61,7 @@ class GroupMaker:
         transport.backoff.spin = spin
         local, topology = transport.split_by_node()
         how = {
-            "segment_bytes": self._config.segment_bytes,
+            "segment_bytes": self._config.segment_bytes or SEGMENT_BYTES,
             "spin": min(spin, 100),  # a look costs a Python-level call here
         }
         arena: Arena | str
@@ -67,9 +80,21 @@ class GroupMaker:
             if isinstance(arena, str):
                 local.close()
         group = Group(transport, self._kernels, arena, hierarchy=hierarchy, **how)
+        self.adopt(group, topology)
         group.recorder = self._recording.track(track)
         self._recording.stats.register(group.counts)
         return group
+
+    def adopt(self, group: Group, topology: Topology) -> None:
+        """Let a group choose by the tuning.  Collective among its ranks.
+
+        Args:
+            group: of the ranks.
+            topology: of this rank in it.
+        """
+        local_sizes = group.transport.allgather_ints(np.array([topology.local_size], np.int64))
+        per_node, segment_bytes = int(local_sizes.max()), self._config.segment_bytes
+        group.adopt(Estimates(self.tuning, group.size, per_node, segment_bytes=segment_bytes))
 
     def release(self, group: Group, *, in_step: bool = True) -> None:
         """Let go of a group; what it has counted stays.  Collective if the ranks are in step."""

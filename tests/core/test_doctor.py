@@ -1,11 +1,15 @@
 """What `hvdkit doctor` says, with this machine and with things missing from it."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
+from core.tunings import WORLD, tuning
 from hvdkit.cli import doctor, main
 from hvdkit.errors import LauncherError
+from hvdkit.tuning.file import save
+from hvdkit.tuning.finding import this_machine
 
 
 @pytest.fixture(autouse=True)
@@ -251,3 +255,13 @@ def test_what_the_environment_switches_off(capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "--  native module  switched off by HVDKIT_NATIVE=0" in shown
     assert "--  shared memory  switched off by HVDKIT_SHM=0" in shown
+
+
+def test_what_was_tuned(report, monkeypatch, tmp_path):
+    here = replace(tuning((2,)), world=replace(WORLD, machines=(this_machine(),), nodes=(2,)))
+    save(tmp_path / "tuning.json", here, [tuning((4,))])
+    monkeypatch.setenv("HVDKIT_TUNING_FILE", str(tmp_path / "tuning.json"))
+    _, findings, _ = report()
+    assert findings["tuning"][1].endswith("this machine with 2 ranks; 1 for other machines")
+    (tmp_path / "tuning.json").write_text("{")
+    assert "init() will refuse it" in report()[1]["tuning"][1]

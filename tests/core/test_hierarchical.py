@@ -77,12 +77,12 @@ def test_counts_share_out_all_elements_among_the_holders(count):
 @pytest.fixture(params=["small", "large"])
 def across(request, monkeypatch):
     """Make shards cross as small ones do, or as large ones."""
-    pick.pick_across.cache_clear()
+    pick.usual_across.cache_clear()
     if request.param == "large":
         monkeypatch.setattr(pick, "GATHERED_BY_TWO", -1)
         monkeypatch.setattr(pick, "GATHERED_ACROSS", -1)
     yield
-    pick.pick_across.cache_clear()
+    pick.usual_across.cache_clear()
 
 
 @needs_native

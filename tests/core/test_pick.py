@@ -109,8 +109,8 @@ def test_auto_on_one_node_without_shared_memory(nbytes, size, wanted):
         (8 * KIB + 1, 4, 2, "hierarchical"),
         (2 * KIB + 1, 8, 4, "hierarchical"),
         (64 * MIB, 3, 2, "hierarchical"),
-        (64 * KIB, 2, 1, "gathered"),
-        (64 * KIB + 1, 2, 1, "recursive_doubling"),
+        (32 * KIB, 2, 1, "gathered"),
+        (32 * KIB + 1, 2, 1, "halving_doubling"),
         (8 * KIB, 3, 1, "gathered"),
         (MIB, 2, 1, "halving_doubling"),
         (MIB, 3, 1, "ring"),
@@ -154,4 +154,4 @@ def test_across_nodes_few_steps_for_few_bytes_and_few_bytes_for_many(size):
 def test_across_nodes_a_ring_spares_what_folding_would_send_twice():
     assert pick_across(17 * KIB, 3) == "recursive_doubling"
     assert pick_across(64 * KIB, 3) == "ring"
-    assert pick_across(65 * KIB, 2) == "recursive_doubling"
+    assert pick_across(33 * KIB, 2) == "halving_doubling"

@@ -1,0 +1,148 @@
+"""Measure what the levels of a machine cost: schedules alone, without what a call adds to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+from hvdkit import collectives
+from hvdkit.collectives.calls import Call
+from hvdkit.collectives.group import Group
+from hvdkit.collectives.program import even_bounds
+from hvdkit.config import KIB, MIB, SEGMENT_BYTES
+from hvdkit.dtypes import Sum
+from hvdkit.schedules.cost import log2_ceil
+from hvdkit.schedules.machine import Level, Machine
+from hvdkit.schedules.timing import predict
+from hvdkit.tuner.bench import LONGEST_CALL, Bench, elements, nothing
+from hvdkit.tuning.fit import Fit, Observation, fit
+from hvdkit.tuning.record import USUAL_LEVELS, Levels
+
+#: Bytes of the messages, and of what is only reduced.
+SIZES = (256, 4 * KIB, 32 * KIB, 256 * KIB, 2 * MIB)
+REDUCED_SIZES = (64 * KIB, 512 * KIB)
+
+#: Schedules: of more bytes, of fewer steps, without reduction.
+SCHEDULES = (
+    ("allreduce", "ring"),
+    ("allreduce", "recursive_doubling"),
+    ("allreduce", "halving_doubling"),
+    ("allgather", "ring"),
+)
+
+_CHECK = "check"
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """The seconds of a collective by the model, as `fit` wants them."""
+
+    kind: str
+    name: str
+    nbytes: int
+    size: int
+
+    def __call__(self, level: Level) -> float:
+        return predict(self.kind, self.name, self.nbytes, self.size, machine=Machine(level, level))
+
+
+@dataclass(frozen=True, slots=True)
+class _Reduce:
+    """The seconds in which a rank reduces what is there."""
+
+    nbytes: int
+
+    def __call__(self, level: Level) -> float:
+        return self.nbytes * level.gamma
+
+
+def measure_levels(bench: Bench) -> tuple[Levels, dict[str, Fit]]:
+    """Return the levels, and how well each was fitted, by name.  Collective."""
+    nodes = bench.context.nodes
+    node, leaders = max(nodes, key=len), tuple(ranks[0] for ranks in nodes)
+    reduced = list(_reduced(bench))
+    levels = replace(USUAL_LEVELS, memory=None)
+    fits: dict[str, Fit] = {}
+    if len(node) > 1:
+        fits["within"], check = _messages(bench, "within a node", node, reduced)
+        levels = replace(levels, within=fits["within"].level, check=(check, levels.check[1]))
+        shared = list(_shared(bench, node))
+        if shared:
+            fits["memory"] = fit([*shared, *reduced], levels.within)
+            levels = replace(levels, memory=fits["memory"].level)
+    if len(leaders) > 1:
+        fits["across"], check = _messages(bench, "across nodes", leaders, reduced)
+        levels = replace(levels, across=fits["across"].level, check=(levels.check[0], check))
+    return levels, fits
+
+
+def _reduced(bench: Bench) -> Iterator[Observation]:
+    """Yield how long it takes to reduce, all ranks at once."""
+    kernels = bench.context.kernels
+    for nbytes in REDUCED_SIZES:
+        out, incoming = elements(nbytes), elements(nbytes)
+        call = partial(kernels.reduce, out, incoming, Sum, incoming_first=False)
+        found = bench.measure(f"reducing {nbytes // KIB} KiB", {"reduce": call})["reduce"]
+        yield Observation(found.seconds, _Reduce(nbytes))
+
+
+def _messages(
+    bench: Bench, label: str, ranks: Sequence[int], reduced: list[Observation]
+) -> tuple[Fit, float]:
+    """Return the fit to schedules among `ranks`, and the seconds of a round of the check."""
+    observations = list(reduced)
+    with bench.messages(ranks, SEGMENT_BYTES) as group:
+        call = Call("tune", None)
+        check = nothing if group is None else partial(group.differs, call)
+        found = bench.measure(f"check {label}", {_CHECK: check})[_CHECK]
+        slowest = 0.0
+        for nbytes in SIZES:
+            if slowest * 8 > LONGEST_CALL:
+                break
+            calls = {" ".join(way): _schedule(group, *way, nbytes) for way in SCHEDULES}
+            times = bench.measure(f"messages {label}, {nbytes:,} bytes", calls)
+            slowest = max(timing.seconds for timing in times.values())
+            for (kind, name), timing in zip(SCHEDULES, times.values(), strict=True):
+                model = _Model(kind, name, nbytes, len(ranks))
+                observations.append(Observation(timing.seconds, model))
+    return fit(observations, USUAL_LEVELS.within), found.seconds / log2_ceil(len(ranks))
+
+
+def _schedule(group: Group | None, kind: str, name: str, nbytes: int) -> Callable[[], object]:
+    if group is None:
+        return nothing
+    data = elements(nbytes)
+    bounds = even_bounds(data.size, group.size)
+    counts = [stop - start for start, stop in pairwise(bounds)] if kind == "allgather" else None
+    return partial(group.run_schedule, kind, name, data, counts=counts)
+
+
+def _shared(bench: Bench, ranks: Sequence[int]) -> Iterator[Observation]:
+    """Yield the times of collectives in the memory of a node; none if it shares none."""
+    everyone = len(ranks) == bench.world.size
+    process_set = None if everyone else bench.context.add_process_set(ranks)
+    if process_set is None:
+        group: Group | None = bench.world.group
+    else:
+        inside = process_set.included()
+        group = process_set.communicator().group if inside else None
+    there = group is not None and group.arena is not None
+    if any(bench.world.allgather_object(there)):
+        for nbytes in SIZES:
+            calls = {"shm": _in_memory(group, nbytes)}
+            found = bench.measure(f"shared memory, {nbytes:,} bytes", calls)["shm"]
+            yield Observation(found.seconds, _Model("allreduce", "shm", nbytes, len(ranks)))
+    if process_set is not None:
+        bench.context.remove_process_set(process_set)
+
+
+def _in_memory(group: Group | None, nbytes: int) -> Callable[[], object]:
+    """Return an all-reduce in shared memory, for ranks that are in the group."""
+    if group is None:
+        return nothing
+    data = elements(nbytes)
+    how: dict[str, Any] = {"prescale": 1.0, "postscale": 1.0, "op": Sum, "name": None}
+    return partial(collectives.allreduce, group, data, data, algorithm="shm", **how)
