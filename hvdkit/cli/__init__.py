@@ -1,4 +1,4 @@
-"""The command line: ``hvdkit run | doctor | draw | tune``."""
+"""The command line: ``hvdkit run | doctor | draw | simulate | tune``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from hvdkit import __version__
-from hvdkit.cli import doctor, draw, hvdrun, tune
+from hvdkit.cli import doctor, draw, hvdrun, simulate, tune
 from hvdkit.errors import HvdkitError
 
 
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"hvdkit {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (hvdrun, doctor, draw, tune):
+    for command in (hvdrun, doctor, draw, simulate, tune):
         command.add_parser(commands)
     args = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -95,7 +95,7 @@ class Group:
         self.hierarchy = None if isinstance(hierarchy, str) else hierarchy
         self.no_hierarchy = hierarchy if isinstance(hierarchy, str) else ""
         self.segment_bytes = segment_bytes
-        self.estimates = Estimates(None, transport.size, segment_bytes=segment_bytes)
+        self.estimates = Estimates(None, transport.size, usual_segment=segment_bytes)
         """How long collectives take here, by what was measured: see `adopt`."""
         self.executor = Executor(transport, kernels, spin=spin)
         self.results = Results()

@@ -117,6 +117,7 @@ class Hierarchy:
                 1,
                 sharing=self.layout.shards,
                 segment_bytes=estimates.fixed_segment,
+                usual_segment=estimates.usual_segment,
             )
             self.cross.adopt(across)
 

@@ -9,7 +9,7 @@ import numpy as np
 from hvdkit import native
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.hierarchical import ONE_NODE, Hierarchy, open_hierarchy
-from hvdkit.config import SEGMENT_BYTES, Config
+from hvdkit.config import SEGMENT_BYTES, SEGMENT_OVER_SOCKETS, Config
 from hvdkit.engine.recording import Recording
 from hvdkit.native import Kernels
 from hvdkit.transport.arena import Arena
@@ -61,7 +61,7 @@ class GroupMaker:
         transport.backoff.spin = spin
         local, topology = transport.split_by_node()
         how = {
-            "segment_bytes": self._config.segment_bytes or SEGMENT_BYTES,
+            "segment_bytes": self._segment_bytes(transport, topology),
             "spin": min(spin, 100),  # a look costs a Python-level call here
         }
         arena: Arena | str
@@ -93,13 +93,28 @@ class GroupMaker:
             topology: of this rank in it.
         """
         local_sizes = group.transport.allgather_ints(np.array([topology.local_size], np.int64))
-        per_node, segment_bytes = int(local_sizes.max()), self._config.segment_bytes
-        group.adopt(Estimates(self.tuning, group.size, per_node, segment_bytes=segment_bytes))
+        estimates = Estimates(
+            self.tuning,
+            group.size,
+            int(local_sizes.max()),
+            segment_bytes=self._config.segment_bytes,
+            usual_segment=group.segment_bytes,
+        )
+        group.adopt(estimates)
 
     def release(self, group: Group, *, in_step: bool = True) -> None:
         """Let go of a group; what it has counted stays.  Collective if the ranks are in step."""
         self._recording.stats.unregister(group.counts)
         group.close(in_step=in_step)
+
+    def _segment_bytes(self, transport: JobTransport, topology: Topology) -> int:
+        """Return the bytes of a segment where nobody has tuned it.  Collective."""
+        if self._config.segment_bytes is not None:
+            return self._config.segment_bytes
+        if topology.local_size == topology.size:
+            return SEGMENT_BYTES
+        asks = transport.allgather_ints(np.array([transport.asks_first], np.int64)).any()
+        return SEGMENT_OVER_SOCKETS if asks else SEGMENT_BYTES
 
     def _arena(self, local: JobTransport, topology: Topology, spin: int) -> Arena | str:
         """Return the arena of this node's ranks, or why there is none; the same on all of them."""

@@ -43,6 +43,14 @@ class Edge:
     child: int
     first: int
 
+    def carries(self, chunks: int) -> range:
+        """Return the chunks that pass, in their order."""
+        return range(self.tree, chunks, 2)
+
+    def times(self, chunks: int) -> range:
+        """Return the broadcast's times at which they pass; t is -1 - t in the reduction."""
+        return range(self.first, self.first + 2 * len(self.carries(chunks)), 2)
+
 
 def double_tree(rank: int, size: int, chunks: int) -> Iterator[Exchange]:
     """Reduce up both trees, then broadcast down, pipelined.  [Sanders, Speck & Träff 2009]
@@ -69,8 +77,7 @@ def double_tree(rank: int, size: int, chunks: int) -> Iterator[Exchange]:
     """
     at: defaultdict[int, dict[str, Transfer]] = defaultdict(dict)
     for edge in _edges_by_rank(size)[rank]:
-        for segment, chunk in enumerate(range(edge.tree, chunks, 2)):
-            time = edge.first + 2 * segment
+        for time, chunk in zip(edge.times(chunks), edge.carries(chunks), strict=True):
             if rank == edge.child:
                 at[-1 - time]["send"] = (edge.parent, chunk)
                 at[time]["store"] = (edge.parent, chunk)
@@ -90,6 +97,16 @@ def double_tree_cost(size: int, chunks: int) -> Cost:
         depth += 1 + (size % 4 == 3)
     sent = {2: Fraction(1), 3: Fraction(3, 2)}.get(size, Fraction(2))
     return Cost(4 * (chunks // 2 - 1) + 2 * depth, sent)
+
+
+def double_tree_edges(size: int) -> list[Edge]:
+    """Return the edges of both trees, in the order of their children."""
+    return [
+        edge
+        for rank, edges in enumerate(_edges_by_rank(size))
+        for edge in edges
+        if edge.child == rank
+    ]
 
 
 @lru_cache(maxsize=128)  # one set of trees serves all ranks

@@ -1,25 +1,28 @@
-"""The hierarchical all-reduce: rings within the nodes, and a ring across them for every shard.
+"""The hierarchical all-reduce: rings in the nodes, and across them an all-reduce of every shard.
 
 Cho, Finkler, Kung & Hunter, "BlueConnect: decomposing all-reduce for deep learning on heterogeneous
 network hierarchy", SysML 2019.
 
 Ranks are numbered node by node, k on each; the last node may have fewer.  A message is cut in
-shards, as many as the smallest node has ranks, and a shard in chunks, one a node.
+shards, as many as the smallest node has ranks, and a shard in chunks, as the all-reduce across has
+them: one a node where that is the paper's ring.
 
 hvdkit runs the same three phases with a node's shared memory in the place of its rings (see
-`hvdkit.collectives.hierarchical`); here they are messages, so that they can be proved and drawn.
+`hvdkit.collectives.hierarchical`); here they are messages, so that they can be proved, drawn and
+simulated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import lru_cache
 
 from hvdkit.errors import ArgumentError
 from hvdkit.schedules.cost import Cost
-from hvdkit.schedules.registry import Algorithm
-from hvdkit.schedules.ring import ring_allgather, ring_allreduce, ring_reducescatter
-from hvdkit.schedules.steps import Exchange, Transfer
+from hvdkit.schedules.phases import Phase
+from hvdkit.schedules.registry import Algorithm, get
+from hvdkit.schedules.steps import Exchange
 
 
 def hierarchical_allreduce(rank: int, size: int, ranks_per_node: int) -> Iterator[Exchange]:
@@ -35,61 +38,91 @@ def hierarchical_allreduce(rank: int, size: int, ranks_per_node: int) -> Iterato
         3      0→2 c1=     1→3 c3=     2→0 c0=     3→1 c2=
         4      0→1 c0-1=   1→0 c2-3=   2→3 c0-1=   3→2 c2-3=
     """
-    nodes, shards = -(-size // ranks_per_node), _shards(size, ranks_per_node)
-    node, local = divmod(rank, ranks_per_node)
-    first = node * ranks_per_node
-    here = min(ranks_per_node, size - first)
-
-    def within(transfer: Transfer | None) -> Transfer | None:
-        """Place a transfer of a shard; ranks beyond the number of shards hold none."""
-        if transfer is None or not isinstance(transfer[1], int) or transfer[1] >= shards:
-            return None
-        return first + transfer[0], range(transfer[1] * nodes, (transfer[1] + 1) * nodes)
-
-    def across(transfer: Transfer | None) -> Transfer | None:
-        """Place a transfer of a chunk of this rank's shard."""
-        if transfer is None or not isinstance(transfer[1], int):
-            return None
-        return transfer[0] * ranks_per_node + local, local * nodes + transfer[1]
-
-    for step in ring_reducescatter(local, here, here):
-        send, reduce = within(step.send), within(step.reduce)
-        if send is not None or reduce is not None:
-            yield Exchange(send=send, reduce=reduce)
-    if local < shards:
-        for step in ring_allreduce(node, nodes, nodes):
-            yield Exchange(
-                send=across(step.send), reduce=across(step.reduce), store=across(step.store)
-            )
-    for step in ring_allgather(local, here, here):
-        send, store = within(step.send), within(step.store)
-        if send is not None or store is not None:
-            yield Exchange(send=send, store=store)
+    for phase in hierarchical_phases(size, ranks_per_node):
+        yield from phase.steps_of(rank)
 
 
-def hierarchical(ranks_per_node: int) -> Algorithm:
-    """Return the algorithm for that many ranks a node."""
+@lru_cache(maxsize=16)  # one set of phases serves all ranks
+def hierarchical_phases(
+    size: int, ranks_per_node: int, across: str = "ring", segments: int = 1
+) -> tuple[Phase, ...]:
+    """Return the three phases; a rank begins each when it has done the one before.
 
-    def steps(rank: int, size: int, _chunks: int) -> Iterator[Exchange]:
-        return hierarchical_allreduce(rank, size, ranks_per_node)
-
-    return Algorithm(
-        collective="allreduce",
-        name="hierarchical",
-        steps=steps,
-        chunks=lambda size, _segments: hierarchical_chunks(size, ranks_per_node),
-        cost=lambda size, _chunks: hierarchical_cost(size, ranks_per_node),
-        source="Cho et al. 2019",
+    Args:
+        size: number of ranks.
+        ranks_per_node: k.
+        across: the all-reduce of a shard, by its name in the registry.
+        segments: of a shard, where `across` is pipelined.
+    """
+    k, shards = ranks_per_node, _shards(size, ranks_per_node)
+    nodes = tuple(range(first, min(first + k, size)) for first in range(0, size, k))
+    holders = tuple(range(local, size, k) for local in range(shards))
+    crossing = get("allreduce", across)
+    shard = crossing.chunks(len(nodes), segments)
+    scatter, gather = (
+        Phase(
+            steps=get(collective, "ring").steps,
+            groups=nodes,
+            chunks=len,
+            width=shard,
+            held=shards,
+            apart=0,
+        )
+        for collective in ("reducescatter", "allgather")
+    )
+    return (
+        scatter,
+        Phase(
+            steps=crossing.steps,
+            groups=holders,
+            chunks=lambda _: shard,
+            width=1,
+            held=shard,
+            apart=shard,
+        ),
+        gather,
     )
 
 
-def hierarchical_chunks(size: int, ranks_per_node: int) -> int:
-    """Return into how many chunks the message is cut: one a shard and node."""
-    return _shards(size, ranks_per_node) * -(-size // ranks_per_node)
+def hierarchical(ranks_per_node: int, across: str = "ring", segments: int = 1) -> Algorithm:
+    """Return the algorithm for that many ranks a node.
+
+    Args:
+        ranks_per_node: k.
+        across: the all-reduce of a shard, by its name in the registry.
+        segments: of a shard, where `across` is pipelined.
+    """
+
+    def phases(size: int) -> tuple[Phase, ...]:
+        return hierarchical_phases(size, ranks_per_node, across, segments)
+
+    def steps(rank: int, size: int, _chunks: int) -> Iterator[Exchange]:
+        for phase in phases(size):
+            yield from phase.steps_of(rank)
+
+    return Algorithm(
+        collective="allreduce",
+        name="hierarchical" if across == "ring" else f"hierarchical/{across}",
+        steps=steps,
+        chunks=lambda size, _: hierarchical_chunks(size, ranks_per_node, across, segments),
+        cost=lambda size, _: hierarchical_cost(size, ranks_per_node, across, segments),
+        source="Cho et al. 2019",
+        phases=phases,
+    )
 
 
-def hierarchical_cost(size: int, ranks_per_node: int) -> Cost:
-    """Return 2(k-1) + 2(m-1) steps and 2n(p-1)/p bytes, for full nodes.
+def hierarchical_chunks(
+    size: int, ranks_per_node: int, across: str = "ring", segments: int = 1
+) -> int:
+    """Return into how many chunks the message is cut: those of a shard, a shard."""
+    shard = get("allreduce", across).chunks(-(-size // ranks_per_node), segments)
+    return _shards(size, ranks_per_node) * shard
+
+
+def hierarchical_cost(
+    size: int, ranks_per_node: int, across: str = "ring", segments: int = 1
+) -> Cost:
+    """Return 2(k-1) steps and 2n(k-1)/k bytes and those across: with a ring 2(m-1) and 2n(m-1)/p.
 
     Raises:
         ArgumentError: the last node has fewer ranks, for which there is no formula.
@@ -98,8 +131,10 @@ def hierarchical_cost(size: int, ranks_per_node: int) -> Cost:
         raise ArgumentError(
             f"{size} ranks do not fill nodes of {ranks_per_node}: the formula is for full nodes"
         )
-    nodes = size // ranks_per_node
-    return Cost(2 * (ranks_per_node - 1) + 2 * (nodes - 1), Fraction(2 * (size - 1), size))
+    k, nodes = ranks_per_node, size // ranks_per_node
+    crossing = get("allreduce", across)
+    cost = crossing.cost(nodes, crossing.chunks(nodes, segments))
+    return Cost(2 * (k - 1) + cost.steps, Fraction(2 * (k - 1), k) + cost.sent_fraction / k)
 
 
 def _shards(size: int, ranks_per_node: int) -> int:

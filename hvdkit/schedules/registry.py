@@ -10,7 +10,12 @@ from hvdkit.schedules.bruck import bruck_allgather, bruck_allgather_cost
 from hvdkit.schedules.chain import chain_broadcast, chain_broadcast_cost
 from hvdkit.schedules.cost import Cost, log2_floor
 from hvdkit.schedules.dissemination import dissemination_barrier, dissemination_barrier_cost
-from hvdkit.schedules.double_tree import double_tree, double_tree_cost
+from hvdkit.schedules.double_tree import (
+    Edge,
+    double_tree,
+    double_tree_cost,
+    double_tree_edges,
+)
 from hvdkit.schedules.doubling import (
     halving_doubling,
     halving_doubling_cost,
@@ -20,6 +25,7 @@ from hvdkit.schedules.doubling import (
     recursive_halving_cost,
 )
 from hvdkit.schedules.pairwise import pairwise_alltoall, pairwise_alltoall_cost
+from hvdkit.schedules.phases import Phase
 from hvdkit.schedules.ring import (
     ring_allgather,
     ring_allreduce,
@@ -69,6 +75,9 @@ class Algorithm:
         cost: ``cost(size, chunks)`` is what the schedule costs by its formula.
         source: the paper.
         pipelined: whether more segments mean more overlap, so that a caller should choose them.
+        phases: ``phases(size)``: where groups of ranks run simpler schedules one after another,
+            those that `steps` is made of.
+        edges: ``edges(size)``: where `steps` goes by a timetable, the edges that have it.
     """
 
     collective: str
@@ -78,6 +87,8 @@ class Algorithm:
     cost: Callable[[int, int], Cost]
     source: str
     pipelined: bool = False
+    phases: Callable[[int], tuple[Phase, ...]] | None = None
+    edges: Callable[[int], list[Edge]] | None = None
 
     @property
     def rooted(self) -> bool:
@@ -110,6 +121,7 @@ _KNOWN = (
         cost=double_tree_cost,
         source="Sanders, Speck & Träff 2009",
         pipelined=True,
+        edges=double_tree_edges,
     ),
     Algorithm(
         collective="allreduce",

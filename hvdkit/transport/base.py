@@ -171,6 +171,14 @@ class JobTransport(Transport, Protocol):
         """How this transport's own waits wait."""
         ...
 
+    @property
+    def asks_first(self) -> bool:
+        """Whether a long message waits for the receiver's word before it sets out to other nodes.
+
+        Ranks may differ.
+        """
+        ...
+
     def duplicate(self) -> JobTransport:
         """Return a transport among the same ranks, for messages apart from these.  Collective."""
         ...

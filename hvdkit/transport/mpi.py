@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -37,6 +38,9 @@ EAGER = 32 * 1024
 
 #: The tag of those messages: the largest that every library has, so that they meet no others.
 PREPARED_TAG = 32767
+
+#: Where the kernel lists devices over which messages need no sockets.
+RDMA_DEVICES = (Path("/sys/class/infiniband"), Path("/sys/class/cxi"))
 
 #: The largest count that every MPI library takes.
 LARGEST_COUNT = 2**31 - 1
@@ -191,6 +195,11 @@ class MPITransport:
                 f"one in it, not {comm!r}"
             )
         return cls(comm.Dup())
+
+    @property
+    def asks_first(self) -> bool:
+        """Whether there is no network but sockets, as far as the kernel tells."""
+        return not any(folder.is_dir() and any(folder.iterdir()) for folder in RDMA_DEVICES)
 
     def duplicate(self) -> MPITransport:
         """Return a transport among the same ranks, for messages apart from these.  Collective."""

@@ -8,14 +8,14 @@ from functools import partial
 from typing import Any
 
 from hvdkit import collectives
-from hvdkit.config import BUCKET_BYTES, KIB, MIB, SEGMENT_BYTES
+from hvdkit.config import BUCKET_BYTES, KIB, MIB, SEGMENT_BYTES, SEGMENT_OVER_SOCKETS
 from hvdkit.dtypes import Sum
 from hvdkit.tuner.bench import LONGEST_CALL, Bench, elements, nothing
 from hvdkit.tuning.estimates import LEAST_GAIN
 from hvdkit.tuning.measure import Timing
 
 SEGMENTED_SIZES = (MIB, 4 * MIB, 16 * MIB)
-SEGMENTS = (128 * KIB, 256 * KIB, SEGMENT_BYTES, MIB, 4 * MIB)
+SEGMENTS = (SEGMENT_OVER_SOCKETS, 128 * KIB, 256 * KIB, SEGMENT_BYTES, MIB, 4 * MIB)
 
 #: Which schedules are cut.
 SCHEDULES = ("ring", "halving_doubling")
@@ -57,17 +57,17 @@ def best_segments(bench: Bench) -> tuple[tuple[int, int], ...]:
                 segment: min((times[f"{segment} {name}"] for name in SCHEDULES), key=_seconds)
                 for segment in SEGMENTS
             }
-            found.append((nbytes, _choose(best)))
+            found.append((nbytes, _choose(best, bench.world.group.estimates.usual_segment)))
     return tuple(found)
 
 
-def _choose(times: dict[int, Timing]) -> int:
+def _choose(times: dict[int, Timing], usual_segment: int) -> int:
     """Return the best segment; the usual one, if no other is better beyond the noise."""
-    usual = times[SEGMENT_BYTES]
+    usual = times[usual_segment]
     segment = min(times, key=lambda length: times[length].seconds)
     noise = usual.margin + times[segment].margin
     gain = usual.seconds - times[segment].seconds
-    return segment if gain > max(noise, LEAST_GAIN * usual.seconds) else SEGMENT_BYTES
+    return segment if gain > max(noise, LEAST_GAIN * usual.seconds) else usual_segment
 
 
 def _seconds(timing: Timing) -> float:

@@ -44,9 +44,17 @@ class _Model:
     name: str
     nbytes: int
     size: int
+    segment_bytes: int = SEGMENT_BYTES
 
     def __call__(self, level: Level) -> float:
-        return predict(self.kind, self.name, self.nbytes, self.size, machine=Machine(level, level))
+        return predict(
+            self.kind,
+            self.name,
+            self.nbytes,
+            self.size,
+            machine=Machine(level, level),
+            segment_bytes=self.segment_bytes,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +102,8 @@ def _messages(
 ) -> tuple[Fit, float]:
     """Return the fit to schedules among `ranks`, and the seconds of a round of the check."""
     observations = list(reduced)
-    with bench.messages(ranks, SEGMENT_BYTES) as group:
+    segment_bytes = bench.world.group.estimates.usual_segment
+    with bench.messages(ranks, segment_bytes) as group:
         call = Call("tune", None)
         check = nothing if group is None else partial(group.differs, call)
         found = bench.measure(f"check {label}", {_CHECK: check})[_CHECK]
@@ -106,7 +115,7 @@ def _messages(
             times = bench.measure(f"messages {label}, {nbytes:,} bytes", calls)
             slowest = max(timing.seconds for timing in times.values())
             for (kind, name), timing in zip(SCHEDULES, times.values(), strict=True):
-                model = _Model(kind, name, nbytes, len(ranks))
+                model = _Model(kind, name, nbytes, len(ranks), segment_bytes)
                 observations.append(Observation(timing.seconds, model))
     return fit(observations, USUAL_LEVELS.within), found.seconds / log2_ceil(len(ranks))
 

@@ -48,6 +48,7 @@ class Estimates:
         per_node: ranks on its fullest node.
         sharing: how many messages share a link between nodes, whatever they are part of.
         segment_bytes: of all messages, if the user has said so.
+        usual_segment: of those that nobody has tuned.
     """
 
     def __init__(
@@ -58,10 +59,12 @@ class Estimates:
         *,
         sharing: int = 1,
         segment_bytes: int | None = None,
+        usual_segment: int = SEGMENT_BYTES,
     ) -> None:
         self.tuning = tuning
         self.size = size
         self.fixed_segment = segment_bytes
+        self.usual_segment = usual_segment
         self.per_node = size if per_node is None else per_node
         self.levels = USUAL_LEVELS if tuning is None else tuning.levels
         across = self.levels.across
@@ -143,7 +146,7 @@ class Estimates:
         if self.fixed_segment is not None:
             return self.fixed_segment
         if self.tuning is None or not self.tuning.segments:
-            return SEGMENT_BYTES
+            return self.usual_segment
         at = math.log(max(nbytes, 1))
         _, segment = min(self.tuning.segments, key=lambda pair: abs(math.log(pair[0]) - at))
         return segment

@@ -32,6 +32,15 @@ def test_a_transfer_delays_the_receiver_but_not_the_sender() -> None:
     assert timeline.rows[0][2].start == 25
 
 
+def test_each_two_stages_may_have_a_transfer_of_their_own() -> None:
+    plan = get("gpipe").plan(3, 1)
+    assert simulate(plan, transfer=[10, 100]).makespan == 3 + 110 + 110 + 6
+    with pytest.raises(ArgumentError, match="between 2 stages, but the schedule has 3"):
+        simulate(plan, transfer=[10])
+    with pytest.raises(ArgumentError, match="transfer lasts -1"):
+        simulate(plan, transfer=[10, -1])
+
+
 def test_a_transfer_within_a_rank_takes_no_time() -> None:
     plan = get("interleaved").plan(1, 4, 3)
     assert simulate(plan, chunks=3, transfer=10) == simulate(plan, chunks=3)

@@ -13,6 +13,7 @@ from hvdkit.schedules.hierarchical import (
     hierarchical_chunks,
     hierarchical_cost,
 )
+from hvdkit.schedules.registry import ALGORITHMS
 from hvdkit.schedules.ring import ring_allreduce
 from hvdkit.schedules.verify import trace, verify
 
@@ -43,6 +44,19 @@ def test_full_nodes_cost_what_the_formula_says(nodes, per_node):
     assert report.rounds == cost.steps
     assert report.max_chunks_sent == cost.sent_fraction * chunks
     assert cost.sent_fraction == lower_bound("allreduce", size).sent_fraction
+
+
+@pytest.mark.parametrize("across", ALGORITHMS["allreduce"])
+@pytest.mark.parametrize("per_node", PER_NODE)
+@pytest.mark.parametrize("nodes", [1, 2, 3, 4, 5])
+def test_any_all_reduce_may_go_across(across, nodes, per_node):
+    size = nodes * per_node
+    algorithm = hierarchical(per_node, across, segments=2)
+    chunks = algorithm.chunks(size, 1)
+    report = verify(algorithm.steps, size, chunks, "allreduce")
+    assert report.rounds == algorithm.cost(size, chunks).steps
+    if size > 1:
+        verify(algorithm.steps, size - 1, algorithm.chunks(size - 1, 1), "allreduce")
 
 
 @pytest.mark.parametrize(("size", "per_node"), [(4, 2), (12, 4), (8, 3), (7, 2), (16, 4), (9, 4)])

@@ -41,7 +41,11 @@ class Timeline:
 
 
 def simulate(
-    plan: Plan, *, chunks: int = 1, times: Times | Sequence[Times] | None = None, transfer: Time = 0
+    plan: Plan,
+    *,
+    chunks: int = 1,
+    times: Times | Sequence[Times] | None = None,
+    transfer: Time | Sequence[Time] = 0,
 ) -> Timeline:
     """Run every instruction as soon as its rank is free and what it needs has come.
 
@@ -50,26 +54,29 @@ def simulate(
         chunks: stages a rank.
         times: how long the stages take: all alike, or each by itself, as many as there are stages;
             without it, one unit for each of `Times`' three.
-        transfer: what passes between ranks arrives so much later; ranks compute meanwhile.
+        transfer: what passes between ranks arrives so much later; ranks compute meanwhile.  One for
+            all, or one for each stage but the last: between it and the stage after it.
 
     The times are exact where the durations are int or Fraction.
 
     Raises:
-        ArgumentError: `times` are not as many as stages, or `transfer` is negative.
+        ArgumentError: `times` are not as many as stages, or `transfer` is negative, or not one for
+            each two stages.
         ScheduleError: ranks wait for one another, or for what never comes.
     """
     ranks = len(plan)
     stages = ranks * chunks
     by_stage = _by_stage(Times() if times is None else times, stages)
-    if not transfer >= 0:
-        raise ArgumentError(f"transfer lasts {transfer}; it must last 0 or more")
+    between = _between(transfer, stages)
     free: list[Time] = [0] * ranks
     came: dict[Result, Time] = {}
     rows: list[list[Slot]] = [[] for _ in range(ranks)]
     for rank, instruction in play(plan, stages):
         start = free[rank]
         for needed in inputs(instruction, stages):
-            delay = transfer if needed.stage % ranks != rank else 0
+            delay: Time = 0
+            if needed.stage % ranks != rank:
+                delay = between[min(needed.stage, instruction.stage)]
             start = max(start, came[needed] + delay)
         free[rank] = end = start + by_stage[instruction.stage].of(instruction)
         rows[rank].append(Slot(instruction, start, end))
@@ -85,3 +92,15 @@ def _by_stage(times: Times | Sequence[Times], stages: int) -> Sequence[Times]:
     if len(times) != stages:
         raise ArgumentError(f"times for {len(times)} stages, but the schedule has {stages}")
     return times
+
+
+def _between(transfer: Time | Sequence[Time], stages: int) -> Sequence[Time]:
+    between = transfer if isinstance(transfer, Sequence) else [transfer] * (stages - 1)
+    if len(between) != stages - 1:
+        raise ArgumentError(
+            f"transfers between {len(between) + 1} stages, but the schedule has {stages}"
+        )
+    for each in (transfer,) if not isinstance(transfer, Sequence) else between:
+        if not each >= 0:
+            raise ArgumentError(f"transfer lasts {each}; it must last 0 or more")
+    return between

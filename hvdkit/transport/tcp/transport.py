@@ -98,6 +98,9 @@ class TCPTransport:
         self.size = len(self._members)
         self.backoff: SocketBackoff = SocketBackoff(mesh, spin)
 
+    #: A message sets out at once, however long it is.
+    asks_first = False
+
     # Transports made of this one
 
     def duplicate(self) -> TCPTransport:
