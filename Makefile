@@ -1,8 +1,11 @@
 # make demo | demo-gpt2 | test | check | test-sanitize | doctor | clean
 # make test-gpu (needs one)
-# make bench-allreduce | bench-collectives | bench-dtypes | bench-step
-# make bench-torch | bench-tensorflow | bench-pipeline | bench-hosts
+# make bench: all of these, short, then a report of all figures in results/report.html
+# make bench-allreduce | bench-collectives | bench-dtypes | bench-bucketing | bench-compression
+# make bench-step | bench-torch | bench-tensorflow | bench-pipeline | bench-hosts
+# make bench-report; make bench-compare OLD=FOLDER NEW=results
 # MPI=openmpi (default) or mpich; RANKS="2 4" for tests and benchmarks
+# SIZES="4 1MiB" ALGORITHMS="ring tree" PEERS="mpi gloo" DTYPE=float16 TURNS=21 SHORT=1 for benchmarks
 #
 # Each MPI has an environment of its own, .venv-openmpi or .venv-mpich, made when it is first needed.
 
@@ -25,11 +28,12 @@ export PRTE_MCA_rmaps_default_mapping_policy := slot:oversubscribe
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-gpt2 test test-gpu test-sanitize check format bench-allreduce bench-collectives \
-    bench-dtypes bench-step bench-torch bench-tensorflow bench-pipeline bench-hosts doctor clean
+.PHONY: help demo demo-gpt2 test test-gpu test-sanitize check format doctor clean bench bench-allreduce \
+    bench-collectives bench-dtypes bench-step bench-bucketing bench-compression bench-torch bench-tensorflow \
+    bench-pipeline bench-hosts bench-report bench-compare plots
 
 help:
-	@sed -n '1,7s/^# \{0,1\}//p' Makefile
+	@sed -n '1,10s/^# \{0,1\}//p' Makefile
 
 ifneq ($(filter $(MPI),openmpi mpich),$(MPI))
 $(error MPI must be openmpi or mpich, not '$(MPI)')
@@ -78,25 +82,55 @@ format: $(VENV)/.installed
 test-sanitize: $(VENV)/.installed
 	timeout 1800 $(BIN)/python tests/native/sanitize/run.py
 
+# What a benchmark has no use for, it ignores, and says so.
+BENCH_OPTIONS = $(if $(SIZES),--sizes $(SIZES)) $(if $(ALGORITHMS),--algorithms $(ALGORITHMS)) \
+    $(if $(PEERS),--peers $(PEERS)) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(TURNS),--turns $(TURNS)) \
+    $(if $(SHORT),--short)
+
 # Each ends with the targets it met or missed, against the MPI or, where both were measured, the
 # faster of the two: figures are kept in results/.
-BENCHMARKS := bench-allreduce bench-collectives bench-dtypes bench-step bench-torch bench-tensorflow \
-    bench-pipeline
+BENCHMARKS := bench-allreduce bench-collectives bench-dtypes bench-step bench-bucketing bench-compression \
+    bench-torch bench-tensorflow bench-pipeline
 
 $(BENCHMARKS): bench-%: $(VENV)/.installed
-	$(foreach n,$(or $(RANKS),$(BENCH_RANKS)),$(MPIRUN) -n $(n) $(BIN)/python benchmarks/$(or $(BENCH_SCRIPT),$*).py \
-	    --csv results/$*.csv &&) $(BIN)/python benchmarks/targets.py results $*
+	$(foreach n,$(or $(RANKS),$(if $(SHORT),$(SHORT_RANKS)),$(BENCH_RANKS)),$(MPIRUN) -n $(n) \
+	    $(BIN)/python benchmarks/$(or $(BENCH_SCRIPT),$*).py --out results/$*.json $(BENCH_OPTIONS) &&) \
+	    $(BIN)/python benchmarks/targets.py results $*
 
-bench-allreduce: BENCH_RANKS := 2 4
-bench-collectives bench-dtypes bench-step: BENCH_RANKS := 2
+BENCH_RANKS := 2
+SHORT_RANKS :=
+bench-allreduce bench-bucketing bench-pipeline: BENCH_RANKS := 2 4
 bench-torch bench-tensorflow: BENCH_RANKS := 1 2 4
+bench-torch bench-tensorflow bench-bucketing bench-pipeline: SHORT_RANKS := 2
+bench-compression: BENCH_SCRIPT := compressing
 bench-torch: BENCH_SCRIPT := torch_training
-bench-pipeline: BENCH_RANKS := 2 4
 bench-tensorflow: BENCH_SCRIPT := tensorflow_training
 
 # Between hosts that are network namespaces of this machine; needs root.
 bench-hosts: $(VENV)/.installed
-	timeout 1800 $(BIN)/python benchmarks/hosts.py --csv results/hosts.csv && $(BIN)/python benchmarks/targets.py results hosts
+	@test -z "$(RANKS)" || echo "ignored, as the layouts of the hosts say how many ranks there are: RANKS"
+	timeout 1800 $(BIN)/python benchmarks/hosts.py --out results/hosts.json $(BENCH_OPTIONS) && \
+	    $(BIN)/python benchmarks/targets.py results hosts
+
+# The earlier figures stay in results/earlier, with which the report compares.
+bench: $(VENV)/.installed
+	@mkdir -p results/earlier && cp results/*.json results/earlier 2>/dev/null || true
+	@failed=; for name in $(BENCHMARKS) bench-hosts; do \
+	    $(MAKE) --no-print-directory $$name SHORT=1 || failed="$$failed $$name"; done; \
+	    $(MAKE) --no-print-directory bench-report || failed="$$failed bench-report"; \
+	    test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+bench-report: $(VENV)/.installed
+	$(BIN)/python benchmarks/report.py results $(if $(wildcard results/earlier/*.json),--against results/earlier)
+
+OLD ?= results/earlier
+NEW ?= results
+bench-compare: $(VENV)/.installed
+	$(BIN)/python benchmarks/compare.py $(OLD) $(NEW)
+
+# The README's, from the figures in results/.
+plots: $(VENV)/.installed
+	$(BIN)/python benchmarks/report.py results --images docs/images
 
 doctor: $(VENV)/.installed
 	$(BIN)/python -m hvdkit doctor

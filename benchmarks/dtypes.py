@@ -1,6 +1,6 @@
 """All-reduce by dtype and operation, against the float32 sum of as many bytes, in one run.
 
-    mpirun -n 2 python benchmarks/dtypes.py [--csv FILE]
+    mpirun -n 2 python benchmarks/dtypes.py [--sizes 64KiB 16MiB] [--out FILE.json]
 
 In place, in shared memory, on ordinary buffers and on buffers in the arena.  See measuring.py for
 the method.  "x float32 Sum" above 1 is faster than the float32 sum of the same number of bytes.
@@ -8,18 +8,17 @@ the method.  "x float32 Sum" above 1 is faster than the float32 sum of the same 
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import measuring
 import numpy as np
+import options
 from measuring import Candidate, Prepared
+from options import Choice
 
 import hvdkit as hvd
-from hvdkit.config import parse_bytes
 from hvdkit.dtypes import DTYPES, ReduceOp
 
 SIZES = ["64KiB", "1MiB", "16MiB", "64MiB"]
+SHORT_SIZES = ["64KiB", "16MiB"]
 DTYPE_NAMES = ["float16", "bfloat16", "float64", "int8", "int32", "int64"]
 REFERENCE = "float32 Sum"
 
@@ -48,25 +47,22 @@ def candidate(dtype: np.dtype, op: ReduceOp, *, arena: bool) -> Candidate:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    sizes = [parse_bytes(size) for size in SIZES]
-    parser.add_argument("--sizes", nargs="+", default=sizes, type=parse_bytes, metavar="BYTES")
-    parser.add_argument("--turns", type=int, default=measuring.TURNS, help="of each candidate")
-    parser.add_argument("--csv", type=Path, help="append the figures to this file")
-    args = parser.parse_args()
-
-    hvd.init()
-    if hvd.rank() == 0:
-        measuring.show_machine()
+    parser = options.parser(
+        __doc__,
+        sizes=Choice(SIZES, short=SHORT_SIZES),
+        dtype=Choice(DTYPE_NAMES, DTYPE_NAMES),
+    )
+    args = options.start(parser)
+    measuring.show_machine()
     by_name = {dtype.name: dtype for dtype in DTYPES}
     pairs = [(by_name["float32"], op) for op in (hvd.Sum, hvd.Min, hvd.Max, hvd.Product)]
-    pairs += [(by_name[name], hvd.Sum) for name in DTYPE_NAMES]
+    pairs += [(by_name[name], hvd.Sum) for name in args.dtype]
     results = []
     for arena in (False, True):
         everyone = [candidate(dtype, op, arena=arena) for dtype, op in pairs]
         where = "arena" if arena else "shm"
         results += measuring.run(f"allreduce, {where}", args.sizes, everyone, turns=args.turns)
-    measuring.report(results, args.csv)
+    measuring.report("dtypes", results, args.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """All-reduce between hosts: links of several rates and delays, over MPI's messages and over TCP.
 
-    python benchmarks/hosts.py [--links "1 Gbit/s" unlimited] [--layouts "2 x 2"] [--csv FILE]
+    python benchmarks/hosts.py [--links "1 Gbit/s" unlimited] [--layouts "2 x 2"]
+        [--sizes 4 1MiB] [--algorithms ring tree] [--out FILE.json]
 
 The hosts are namespaces on this machine (see tests/hosts/testbed), so their ranks share its cores,
 and only the links are what they are called.  Open MPI is told to yield when idle, and so is hvdkit
@@ -19,8 +20,11 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests" / "hosts"))
 
+import options
+from options import Choice
 from testbed import Link, Testbed, why_not
 from testbed.launchers import over_mpi, run_ranks, slots_of
+from tqdm import tqdm
 
 LINKS = {
     "100 Mbit/s": Link(rate=1e8),
@@ -31,6 +35,7 @@ LINKS = {
     "unlimited + 1 ms": Link(delay=1e-3),
 }
 DEFAULT_LINKS = ("100 Mbit/s", "1 Gbit/s", "unlimited", "1 Gbit/s + 1 ms")
+SHORT_LINKS = ("1 Gbit/s",)
 
 #: Hosts x ranks on each.
 LAYOUTS = {
@@ -42,12 +47,25 @@ LAYOUTS = {
 #: What hvdkit's messages go over.
 TRANSPORTS = ("mpi", "tcp")
 
-SIZES = (4, 4096, 65_536, 524_288, 4 * 2**20)
+SHORT_LAYOUTS = ("2 x 1", "2 x 2")
+
+SIZES = ("4", "4KiB", "64KiB", "512KiB", "4MiB")
 
 #: A size is left out if the link alone would need longer for it.
 LONGEST = 0.05
 
-TURNS = 7
+TURNS = 15
+
+#: Those that cannot be had between the ranks are left out.
+ALGORITHMS = (
+    "auto",
+    "gathered",
+    "hierarchical",
+    "recursive_doubling",
+    "halving_doubling",
+    "ring",
+    "tree",
+)
 
 #: Seconds that a job may take.
 JOB_SECONDS = 240.0
@@ -56,28 +74,39 @@ RANK = Path(__file__).with_name("links.py")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--links", nargs="+", default=DEFAULT_LINKS, choices=LINKS)
-    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
+    parser = options.parser(
+        __doc__,
+        turns=TURNS,
+        sizes=Choice(SIZES),
+        algorithms=Choice(ALGORITHMS, ALGORITHMS),
+        peers=Choice(["mpi"], ["mpi"]),
+    )
+    parser.add_argument("--links", nargs="+", choices=LINKS)
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS)
     parser.add_argument("--transports", nargs="+", default=TRANSPORTS, choices=TRANSPORTS)
-    parser.add_argument("--turns", type=int, default=TURNS, help="of each candidate")
-    parser.add_argument("--csv", type=Path, help="append the figures to this file")
-    args = parser.parse_args()
+    args = options.read(parser)
+    options.say_ignored(args)
+    links = args.links or (SHORT_LINKS if args.short else DEFAULT_LINKS)
+    layouts = args.layouts or (SHORT_LAYOUTS if args.short else list(LAYOUTS))
     reason = why_not(Link())
     if reason:
         print(f"nothing is measured: {reason}")
         return 0
-    began, failed = time.monotonic(), 0
+    cases = [
+        (link, layout, over) for link in links for layout in layouts for over in args.transports
+    ]
+    began, failed, shaped = time.monotonic(), 0, ""
     with Testbed(["alpha", "beta", "gamma"]) as hosts:
-        for link in args.links:
+        for case in tqdm(cases, unit="job"):
+            link = case[0]
             reason = why_not(LINKS[link])
             if reason:
                 print(f"\n{link}: not measured, {reason}")
                 continue
-            hosts.shape(LINKS[link])
-            for layout in args.layouts:
-                for transport in args.transports:
-                    failed += not run_job(hosts, (link, layout, transport), args)
+            if link != shaped:
+                hosts.shape(LINKS[link])
+                shaped = link
+            failed += not run_job(hosts, case, args)
     print(f"\n{time.monotonic() - began:.0f} s")
     return min(failed, 1)
 
@@ -86,12 +115,13 @@ def run_job(hosts: Testbed, case: tuple[str, str, str], args: argparse.Namespace
     """Run a job, and show what its first rank says; return whether it ended well."""
     link, layout, transport = case
     rate = LINKS[link].rate
-    sizes = [n for n in SIZES if rate is None or 8 * n / rate <= LONGEST]
+    sizes = [n for n in args.sizes if rate is None or 8 * n / rate <= LONGEST]
     title = f"allreduce, {layout} ranks, {link}, over {transport.upper()}"
     program = [sys.executable, str(RANK), title, transport, "--turns", str(args.turns)]
     program += ["--sizes", *map(str, sizes)]
-    if args.csv:
-        program += ["--csv", str(args.csv.resolve())]
+    program += ["--algorithms", *args.algorithms, "--peers", *args.peers]
+    if args.out:
+        program += ["--out", str(args.out.resolve())]
     ranks = sum(slots_of(LAYOUTS[layout]).values())
     told = {"HVDKIT_SPIN": "0"} if ranks > (os.cpu_count() or 1) else {}
     try:

@@ -1,6 +1,7 @@
 """A rank of bench-hosts: all-reduces of hvdkit's and the MPI library's own, between hosts.
 
-    mpirun -n 2 --host a,b python benchmarks/links.py TITLE mpi|tcp [--sizes 4 1MiB] [--csv FILE]
+    mpirun -n 2 --host a,b python benchmarks/links.py TITLE mpi|tcp
+        [--sizes 4 1MiB] [--out FILE.json]
 
 Over "tcp" hvdkit's messages do without MPI, which only the library's own all-reduce uses then; both
 take turns all the same.  "sent as ..." are gradients of float32 that travel so, compression and
@@ -9,37 +10,30 @@ all.  See measuring.py for the method.
 
 from __future__ import annotations
 
-import argparse
+import math
 import os
 import secrets
 import sys
-from pathlib import Path
+from dataclasses import replace
 
 import measuring
 import numpy as np
-from allreduce import mpi_library, ours
-from measuring import Candidate, Prepared, Result, human_size, human_time
+import options
+from allreduce import WAYS, can_be_had, mpi_library, ours
+from measuring import Candidate, Prepared
 from mpi4py import MPI
+from options import Choice
+from records import Result
+from roofs import roofs
+from tables import human_size, human_time
 
 import hvdkit as hvd
 from hvdkit.api import context
-from hvdkit.config import parse_bytes
 from hvdkit.engine.bucketing import Gradient
 from hvdkit.engine.compression.base import Compressor, NoCompression
 from hvdkit.engine.compression.casts import Cast
 from hvdkit.engine.compression.int8 import Int8
 from hvdkit.transport.stores import RendezvousServer
-
-#: Those that cannot be had between the ranks are left out.
-ALGORITHMS = (
-    "auto",
-    "gathered",
-    "hierarchical",
-    "recursive_doubling",
-    "halving_doubling",
-    "ring",
-    "tree",
-)
 
 #: Bytes above which an algorithm is never the one to take, and slow to measure.
 LARGEST = {"gathered": 65_536, "recursive_doubling": 65_536, "tree": 524_288}
@@ -55,30 +49,35 @@ COMPRESSED_FROM = 524_288
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options.parser(
+        __doc__,
+        sizes=Choice(["4", "1MiB"]),
+        algorithms=Choice(["auto"], WAYS),
+        peers=Choice(["mpi"], ["mpi"]),
+    )
     parser.add_argument("title")
     parser.add_argument("transport", choices=["mpi", "tcp"])
-    parser.add_argument("--sizes", nargs="+", default=[4, 2**20], type=parse_bytes, metavar="BYTES")
-    parser.add_argument("--turns", type=int, default=measuring.TURNS, help="of each candidate")
-    parser.add_argument("--csv", type=Path, help="append the figures to this file")
-    args = parser.parse_args()
-
+    args = options.read(parser)
     comm = MPI.COMM_WORLD.Dup()
     if args.transport == "tcp":
         meet_over_tcp(comm)
     hvd.init()
-    peer = mpi_library(comm)
+    everyone = [
+        replace(ours(name), largest=LARGEST.get(name, math.inf))
+        for name in args.algorithms
+        if can_be_had(name)
+    ]
+    everyone += [mpi_library(comm)] * ("mpi" in args.peers) + roofs("allreduce")
+    from_here = max(COMPRESSED_FROM, *args.sizes)
+    everyone += [
+        replace(compressed(name, kind), smallest=from_here) for name, kind in COMPRESSORS.items()
+    ]
     results = []
     for nbytes in args.sizes:
-        names = [name for name in available() if nbytes <= LARGEST.get(name, nbytes)]
-        everyone = [*map(ours, names), peer]
-        if nbytes >= COMPRESSED_FROM and nbytes == max(args.sizes):
-            everyone += [compressed(name, kind) for name, kind in COMPRESSORS.items()]
         results += measuring.measure(args.title, nbytes, everyone, turns=args.turns)
     if hvd.rank() == 0:
         show(results)
-        if args.csv:
-            measuring.save(results, args.csv)
+    measuring.keep("hosts", results, args.out)
     sys.exit(any(result.wrong for result in results))
 
 
@@ -98,18 +97,6 @@ def meet_over_tcp(comm: MPI.Comm) -> None:
     )
 
 
-def available() -> list[str]:
-    """Return the algorithms that can be had.  Collective."""
-    found = []
-    for name in ALGORITHMS:
-        try:
-            hvd.allreduce(0.0, algorithm=name)
-        except hvd.ArgumentError:
-            continue
-        found.append(name)
-    return found
-
-
 def show(results: list[Result]) -> None:
     """Print the medians as a table in Markdown, with how many times as fast as the library."""
     figures = {(r.name, r.nbytes): r for r in results}
@@ -119,11 +106,9 @@ def show(results: list[Result]) -> None:
     for name in dict.fromkeys(r.name for r in results):
         cells = []
         for nbytes in sizes:
-            found = figures.get((name, nbytes))
-            peer = figures["MPI library", nbytes]
-            cells.append(
-                f"{human_time(found.seconds)} ({peer.seconds / found.seconds:.2f})" if found else ""
-            )
+            found, peer = figures.get((name, nbytes)), figures.get(("MPI library", nbytes))
+            ratio = f" ({peer.seconds / found.seconds:.2f})" if found and peer else ""
+            cells.append(human_time(found.seconds) + ratio if found else "")
         print(f"| {name} | {' | '.join(cells)} |")
 
 

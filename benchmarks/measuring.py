@@ -1,4 +1,4 @@
-"""How everything is measured here, shown and kept.
+"""How everything is measured here.
 
 For each size all candidates take turns (ours, peer, ours, peer ...) after a warm-up, so that a
 machine that changes its speed changes it for all.  A turn is as many calls as fill some
@@ -9,27 +9,31 @@ exactly (#wrong).
 
 from __future__ import annotations
 
-import csv
+import importlib.metadata
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import tables
+from options import TURNS
+from records import OURS, Result, Run, save
+from tables import human_size
 from tqdm import tqdm
 
 import hvdkit as hvd
 from hvdkit.api import context
 from hvdkit.transport.mpi import library_version
 
-#: Whom ratios are shown against.
-PEERS = ("MPI library", "gloo")
-
-TURNS = 21
 TURN_SECONDS = 3e-3
+
+#: Packages whose versions are shown with the figures.
+PACKAGES = ("numpy", "mpi4py", "torch", "tensorflow", "tensorflow-cpu", "keras", "horovod")
 
 #: The call to time, and a check that returns how many elements of this rank's result are wrong.
 Prepared = tuple[Callable[[], object], Callable[[], int]]
@@ -37,47 +41,37 @@ Prepared = tuple[Callable[[], object], Callable[[], int]]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to do what is measured: `prepare(nbytes)` makes buffers and returns what to call."""
+    """One way to do what is measured.
+
+    Args:
+        name: unique among those that take turns.
+        prepare: makes buffers for so many bytes and returns what to call.
+        kind: OURS, PEER or ROOF.
+        notes: further figures, which the check may still add.
+        smallest, largest: the bytes between which it takes part.
+    """
 
     name: str
     prepare: Callable[[int], Prepared]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What was measured for one candidate at one size; seconds of one call."""
-
-    mpi: str
-    ranks: int
-    what: str
-    name: str
-    nbytes: int
-    seconds: float
-    low: float
-    high: float
-    wrong: int
-
-    @property
-    def algbw(self) -> float:
-        """Bytes a second."""
-        return self.nbytes / self.seconds
-
-    @property
-    def busbw(self) -> float:
-        """algbw x 2(p-1)/p for an all-reduce, x (p-1)/p for the others, x 1 for a broadcast."""
-        share = (self.ranks - 1) / self.ranks
-        by_collective = {"allgather": share, "reducescatter": share, "alltoall": share}
-        return self.algbw * (by_collective | {"broadcast": 1.0}).get(self.what, 2 * share)
+    kind: str = OURS
+    smallest: int = 0
+    largest: float = float("inf")
+    notes: Mapping[str, float] = field(default_factory=dict)
 
 
 def measure(
-    what: str, nbytes: int, candidates: Iterable[Candidate], *, turns: int = TURNS
+    what: str,
+    nbytes: int,
+    candidates: Iterable[Candidate],
+    *,
+    turns: int = TURNS,
+    after_turn: Callable[[], object] = lambda: None,
 ) -> list[Result]:
     """Return the results of all candidates at one size, in turns.  Collective."""
-    names, calls, repeats, wrong = [], [], [], []
-    for candidate in candidates:
+    everyone = [c for c in candidates if c.smallest <= nbytes <= c.largest]
+    calls, repeats, wrong = [], [], []
+    for candidate in everyone:
         call, check = candidate.prepare(nbytes)
-        names.append(candidate.name)
         calls.append(call)
         wrong.append(int(hvd.allreduce(check(), op=hvd.Sum)))
         for _ in range(3):
@@ -87,21 +81,35 @@ def measure(
     for turn in range(turns):
         for number, call in enumerate(calls):
             times[number, turn] = _turn(call, repeats[number])
+        after_turn()
     times = np.asarray(hvd.allreduce(times, op=hvd.Max))
     return [
-        Result(
-            mpi=mpi_name(),
-            ranks=hvd.size(),
-            what=what,
-            name=name,
-            nbytes=nbytes,
-            seconds=float(np.median(times[number])),
-            low=float(np.quantile(times[number], 0.25)),
-            high=float(np.quantile(times[number], 0.75)),
-            wrong=wrong[number],
-        )
-        for number, name in enumerate(names)
+        result(what, candidate.name, nbytes, mine, wrong=errors, of=candidate)
+        for candidate, mine, errors in zip(everyone, times, wrong, strict=True)
     ]
+
+
+def result(
+    what: str,
+    name: str,
+    nbytes: int,
+    samples: Iterable[float],
+    *,
+    wrong: int = 0,
+    of: Candidate | None = None,
+) -> Result:
+    """Return a result of this job, of the kind and with the notes of the candidate."""
+    return Result(
+        mpi=mpi_name(),
+        ranks=hvd.size(),
+        what=what,
+        name=name,
+        nbytes=nbytes,
+        samples=tuple(map(float, samples)),
+        wrong=wrong,
+        kind=of.kind if of else OURS,
+        notes=dict(of.notes) if of else {},
+    )
 
 
 def _turn(call: Callable[[], object], repeats: int) -> float:
@@ -118,63 +126,59 @@ def run(
 ) -> list[Result]:
     """Measure every size, with a progress bar on rank 0.  Collective."""
     results: list[Result] = []
-    bar = tqdm(sizes, unit="size", disable=hvd.rank() != 0)
-    for nbytes in bar:
-        bar.set_description(f"{what} {human_size(nbytes)}")
-        results += measure(what, nbytes, candidates, turns=turns)
+    everything = list(sizes)
+    with progress(len(everything) * turns, "turn") as bar:
+        for nbytes in everything:
+            bar.set_description(f"{what} {human_size(nbytes)}")
+            results += measure(what, nbytes, candidates, turns=turns, after_turn=bar.update)
     return results
 
 
-def show(results: list[Result]) -> None:
-    """Print one table a size, the fastest first, with the ratios to the peers."""
-    for nbytes in sorted({result.nbytes for result in results}):
-        rows = sorted((r for r in results if r.nbytes == nbytes), key=lambda r: r.seconds)
-        against = {r.name: r.seconds for r in rows if r.name in PEERS}
-        print(f"\n{rows[0].what}, {human_size(nbytes)}, {rows[0].ranks} ranks")
-        columns = f"{'time':>11}{'middle half':>24}{'algbw':>9}{'busbw GB/s':>12}  #wrong"
-        heads = "".join(f"{'x ' + name:>15}" for name in against)
-        print(f"  {'':<20}{columns}{heads}")
-        for r in rows:
-            spread = f"{human_time(r.low)} - {human_time(r.high)}"
-            ratios = "".join(f"{seconds / r.seconds:>15.2f}" for seconds in against.values())
-            print(
-                f"  {r.name:<20}{human_time(r.seconds):>11}{spread:>24}"
-                f"{r.algbw / 1e9:>9.3f}{r.busbw / 1e9:>12.3f}{r.wrong:>8}{ratios}"
-            )
+def progress(total: int, unit: str) -> tqdm:
+    """Return a progress bar, which only rank 0 shows."""
+    return tqdm(total=total, unit=unit, disable=hvd.rank() != 0, mininterval=0.5)
 
 
-def show_summary(results: list[Result]) -> None:
-    """Print the medians as one table in Markdown, and the bandwidths of the fastest, in GB/s."""
-    names = list(dict.fromkeys(result.name for result in results))
-    title = f"{results[0].what}, {results[0].ranks} ranks, {results[0].mpi}"
-    print(f"\n| {title} | {' | '.join(names)} | algbw | busbw | errors |")
-    print(f"|---|{'---:|' * (len(names) + 3)}")
-    for nbytes in sorted({result.nbytes for result in results}):
-        rows = {result.name: result for result in results if result.nbytes == nbytes}
-        best = min(rows.values(), key=lambda r: r.seconds)
-        cells = [
-            f"**{human_time(rows[n].seconds)}**" if n == best.name else human_time(rows[n].seconds)
-            for n in names
-        ]
-        wrong = sum(result.wrong for result in rows.values())
-        speeds = [f"{best.algbw / 1e9:.3g}", f"{best.busbw / 1e9:.3g}"]
-        row = [human_size(nbytes), *cells, *speeds, str(wrong)]
-        print(f"| {' | '.join(row)} |")
+# Where it was measured
 
 
-def show_machine() -> None:
-    """Print the machine and the versions."""
+def machine() -> dict[str, str]:
+    """Return what the ranks run on.  Collective."""
     cpu = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
         models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = models[0].split(":")[1].strip() if models else cpu
-    print(
-        f"hvdkit {hvd.__version__}, {context().kernels.name}; {library_version()}; "
-        f"Python {platform.python_version()}, numpy {np.__version__}\n"
-        f"{cpu}, {os.cpu_count()} cores, {platform.platform()}\n"
-        f"{hvd.size()} ranks, {hvd.local_size()} a node; {time.strftime('%Y-%m-%d %H:%M')}"
-    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "processor": cpu,
+        "cores": f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}",
+        "memory": f"{memory:.0f} GiB",
+        "system": platform.platform(),
+        "nodes": str(len(set(hvd.allgather_object(platform.node())))),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what takes part."""
+    found = {
+        "hvdkit": f"{hvd.__version__}, {context().kernels.name}",
+        "MPI": mpi_name(),
+        "Python": platform.python_version(),
+    }
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def show_machine() -> None:
+    """Print the machine and the versions, on rank 0.  Collective."""
+    here = machine()
+    if hvd.rank() == 0:
+        print(", ".join(f"{name} {version}" for name, version in versions().items()))
+        print(", ".join(f"{name}: {text}" for name, text in here.items()))
+        print(f"{hvd.size()} ranks, {hvd.local_size()} a node; {time.strftime('%Y-%m-%d %H:%M')}")
 
 
 def mpi_name() -> str:
@@ -182,59 +186,24 @@ def mpi_name() -> str:
     return " ".join(library_version().replace("Version:", "").replace(" v", " ").split())
 
 
-def save(results: list[Result], path: Path) -> None:
-    """Append the figures to a CSV file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*Result.__annotations__, "algbw", "busbw"])
-        if new:
-            writer.writeheader()
-        for result in results:
-            writer.writerow(asdict(result) | {"algbw": result.algbw, "busbw": result.busbw})
+# The end
 
 
-def load(path: Path) -> list[Result]:
-    """Read figures that `save` wrote."""
-    with path.open(newline="") as file:
-        return [
-            Result(
-                mpi=row["mpi"],
-                ranks=int(row["ranks"]),
-                what=row["what"],
-                name=row["name"],
-                nbytes=int(row["nbytes"]),
-                seconds=float(row["seconds"]),
-                low=float(row["low"]),
-                high=float(row["high"]),
-                wrong=int(row["wrong"]),
-            )
-            for row in csv.DictReader(file)
-        ]
+def keep(benchmark: str, results: list[Result], path: Path | None) -> None:
+    """Save the figures, with where and when they were measured, on rank 0.  Collective."""
+    here = machine()
+    if path is not None and hvd.rank() == 0:
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        save(Run(benchmark, now, here, versions(), tuple(results)), path)
 
 
-def report(results: list[Result], path: Path | None) -> None:
+def report(benchmark: str, results: list[Result], path: Path | None) -> None:
     """On rank 0 print and save everything; on every rank end with status 1 if a result is wrong."""
+    keep(benchmark, results, path)
     if hvd.rank() == 0:
-        by_collective = [
-            [result for result in results if result.what == what]
-            for what in dict.fromkeys(result.what for result in results)
-        ]
-        for some in by_collective:
-            show(some)
-        for some in by_collective:
-            show_summary(some)
-        if path:
-            save(results, path)
+        measurements = tables.by_measurement(results)
+        for some in measurements:
+            tables.show(some)
+        for some in measurements:
+            tables.show_summary(some)
     sys.exit(any(result.wrong for result in results))
-
-
-def human_size(nbytes: int) -> str:
-    for limit, unit in ((2**20, "MiB"), (2**10, "KiB")):
-        if nbytes >= limit:
-            return f"{nbytes / limit:g} {unit}"
-    return f"{nbytes} B"
-
-
-def human_time(seconds: float) -> str:
-    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"

@@ -12,12 +12,18 @@ import hvdkit as hvd
 
 if TYPE_CHECKING:
     import tensorflow as tf
+    import torch
 
 
 def start_gloo() -> None:
-    """Make gloo torch.distributed's default group, among hvdkit's ranks.  Collective."""
+    """Make gloo torch.distributed's default group, among hvdkit's ranks.  Again: does nothing.
+
+    Collective.
+    """
     import torch.distributed as dist
 
+    if dist.is_initialized():
+        return
     if hvd.local_size() == hvd.size():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     address = hvd.broadcast_object(free_address())
@@ -53,3 +59,20 @@ def start_horovod(framework: str) -> bool:
         return False
     horovod.init()
     return bool(horovod.size() == hvd.size())
+
+
+def gpu_of_this_rank() -> torch.device | None:
+    """Return this rank's GPU for NCCL, or None unless every rank has one of its own.  Collective.
+
+    NCCL refuses two ranks on one GPU.
+    """
+    import torch
+    import torch.distributed as dist
+
+    mine = torch.cuda.is_available() and dist.is_nccl_available()
+    enough = mine and torch.cuda.device_count() >= hvd.local_size()
+    if not all(hvd.allgather_object(enough)):
+        return None
+    device = torch.device("cuda", hvd.local_rank())
+    torch.cuda.set_device(device)
+    return device

@@ -1,6 +1,6 @@
 """Pipelines: each schedule's bubble against its formula, and a GPT's step beside PyTorch's own.
 
-    mpirun -n 4 python benchmarks/pipeline.py [--csv FILE] [--only sleeping model]
+    mpirun -n 4 python benchmarks/pipeline.py [--only sleeping model] [--out FILE.json]
 
 ``sleeping``: stages that sleep a fixed time for each microbatch, so that the measured bubble is the
 schedule's and the courier's alone.  The step is timed on the slowest rank.
@@ -13,21 +13,23 @@ autograd holds for backward at once.  See measuring.py.
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import measuring
 import numpy as np
+import options
 import torch
 import torch.distributed as dist
 from measuring import Candidate, Prepared, Result
+from options import Choice
 from peers import start_gloo
+from records import PEER, ROOF
+from tables import human_time
 from torch import nn
 from torch.distributed import pipelining
 from torch_training import Block
@@ -45,6 +47,9 @@ MICROBATCHES = 8
 
 #: Seconds that a stage sleeps for forward, gradient of its input, gradient of its weights.
 SLEEPS = Times(0.02, 0.02, 0.02)
+
+#: What a formula's result is: the least that a step can take.
+FORMULA = Candidate("formula", lambda _: (lambda: None, lambda: 0), ROOF)
 
 #: The parameters of the model that was made last, on this rank.
 Weights = list[torch.Tensor]
@@ -81,6 +86,7 @@ def sleeping(steps: int = 5) -> list[Result]:
     courier = context().courier(context().world)
     work = MICROBATCHES * float(SLEEPS.forward + SLEEPS.backward_input + SLEEPS.backward_weight)
     results = []
+    bar = measuring.progress(steps * len(SCHEDULES), "step")
     if rank == 0:
         print(f"\nsleeping stages, {ranks} ranks, {MICROBATCHES} microbatches")
         print(f"  {'':<14}{'step':>11}{'bubble':>9}{'formula':>9}{'difference, points':>20}")
@@ -94,34 +100,27 @@ def sleeping(steps: int = 5) -> list[Result]:
             began = time.perf_counter()
             executor.run(plan)
             mine[step] = time.perf_counter() - began
+            bar.update()
         seconds = np.asarray(hvdkit.allreduce(mine, op=hvd.Max))
         formula = float(schedule.bubble(ranks, MICROBATCHES, chunks, SLEEPS))
         bubble = 1 - work / float(np.median(seconds))
         results += [
-            _step(name, seconds),
-            _step(f"{name}, by the formula", np.array([work / (1 - formula)])),
+            measuring.result("sleeping stages", name, 4096, seconds),
+            measuring.result(
+                "sleeping stages",
+                f"{name}, by the formula",
+                4096,
+                [work / (1 - formula)],
+                of=FORMULA,
+            ),
         ]
         if rank == 0:
             print(
-                f"  {name:<14}{measuring.human_time(results[-2].seconds):>11}{bubble:>9.1%}"
+                f"  {name:<14}{human_time(results[-2].seconds):>11}{bubble:>9.1%}"
                 f"{formula:>9.1%}{100 * (bubble - formula):>20.1f}"
             )
+    bar.close()
     return results
-
-
-def _step(name: str, seconds: np.ndarray) -> Result:
-    low, middle, high = np.quantile(seconds, [0.25, 0.5, 0.75])
-    return Result(
-        mpi=measuring.mpi_name(),
-        ranks=hvd.size(),
-        what="sleeping stages",
-        name=name,
-        nbytes=4096,
-        seconds=float(middle),
-        low=float(low),
-        high=float(high),
-        wrong=0,
-    )
 
 
 # A GPT
@@ -215,7 +214,7 @@ def torchs(name: str, blocks: int, losses: dict[str, float], weights: Weights) -
 
         return call, lambda: check(call, losses, f"torch {name}")
 
-    return Candidate(f"torch {name}, gloo", prepare)
+    return Candidate(f"torch {name}, gloo", prepare, PEER)
 
 
 def alone(blocks: int, losses: dict[str, float], weights: Weights) -> Candidate:
@@ -244,7 +243,7 @@ def alone(blocks: int, losses: dict[str, float], weights: Weights) -> Candidate:
 
         return call, test
 
-    return Candidate("one rank alone", prepare)
+    return Candidate("one rank alone", prepare, PEER)
 
 
 def check(call: Callable[[], None], losses: dict[str, float], name: str) -> int:
@@ -285,13 +284,14 @@ class _Saved:
     tensor: torch.Tensor
 
 
-def model_steps(blocks: int, turns: int) -> list[Result]:
+def model_steps(blocks: int, turns: int, peers: list[str]) -> list[Result]:
     """Measure steps of a GPT, and print what it comes to."""
     losses: dict[str, float] = {}
     weights: Weights = []
     candidates = [alone(blocks, losses, weights)]
     candidates += [ours(name, blocks, losses, weights) for name in SCHEDULES]
-    candidates += [torchs(name, blocks, losses, weights) for name in ("gpipe", "1f1b")]
+    if "gloo" in peers:
+        candidates += [torchs(name, blocks, losses, weights) for name in ("gpipe", "1f1b")]
     nbytes = 4 * sum(p.numel() for layer in layers(blocks) for p in layer.parameters())
     results = measuring.run("pipelined step of a GPT", [nbytes], candidates, turns=turns)
     peaks = {}
@@ -303,7 +303,7 @@ def model_steps(blocks: int, turns: int) -> list[Result]:
     if hvd.rank() == 0:
         workers = min(hvd.size(), len(os.sched_getaffinity(0)))
         ideal = results[0].seconds / workers
-        print(f"\nideal: {measuring.human_time(ideal)}, {workers} cores at work all the time")
+        print(f"\nideal: {human_time(ideal)}, {workers} cores at work all the time")
         print(f"  {'':<22}{'x ideal':>9}   held for backward on each rank, MiB")
         for result in results:
             sizes = ", ".join(f"{size:.0f}" for size in peaks[result.name])
@@ -312,27 +312,22 @@ def model_steps(blocks: int, turns: int) -> list[Result]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options.parser(__doc__, turns=15, peers=Choice(["gloo"], ["gloo"]))
     parts = ["sleeping", "model"]
     parser.add_argument("--only", nargs="+", default=parts, choices=parts)
     parser.add_argument("--blocks", type=int, default=8, help="of the GPT")
-    parser.add_argument("--turns", type=int, default=9, help="of each candidate")
-    parser.add_argument("--csv", type=Path, help="append the figures to this file")
-    args = parser.parse_args()
-
-    hvd.init()
+    args = options.start(parser)
     torch.set_num_threads(1)
-    if hvd.rank() == 0:
-        measuring.show_machine()
+    measuring.show_machine()
     results: list[Result] = []
     if "sleeping" in args.only:
         results += sleeping()
     if "model" in args.only:
         start_gloo()
-        results += model_steps(args.blocks, args.turns)
+        results += model_steps(args.blocks, args.turns, args.peers)
         dist.destroy_process_group()
     if results:
-        measuring.report(results, args.csv)
+        measuring.report("pipeline", results, args.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A training step's communication, against what the memory can do at best, in one run.
 
-    mpirun -n 2 python benchmarks/step.py [--parameters 10000000] [--csv FILE]
+    mpirun -n 2 python benchmarks/step.py [--parameters 10000000] [--out FILE.json]
 
 Pack: copy every gradient into its bucket.  Reduce: all-reduce the buckets.  Unpack: copy them back.
 The roof is the same copies, with one pass in place (read and write every byte once) for the
@@ -10,12 +10,11 @@ hvdkit.torch, need no unpacking; "views" is the step without it.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import measuring
 import numpy as np
+import options
 from measuring import Candidate, Prepared
+from records import ROOF
 
 import hvdkit as hvd
 from hvdkit.api import context
@@ -75,24 +74,19 @@ def roof(gradients: list[np.ndarray], *, unpack: bool) -> Candidate:
     def prepare(_: int) -> Prepared:
         return call, lambda: 0
 
-    return Candidate("roof" if unpack else "roof, views", prepare)
+    return Candidate("roof" if unpack else "roof, views", prepare, ROOF)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options.parser(__doc__)
     parser.add_argument("--parameters", type=int, default=10_000_000)
-    parser.add_argument("--turns", type=int, default=measuring.TURNS, help="of each candidate")
-    parser.add_argument("--csv", type=Path, help="append the figures to this file")
-    args = parser.parse_args()
-
-    hvd.init()
-    if hvd.rank() == 0:
-        measuring.show_machine()
+    args = options.start(parser)
+    measuring.show_machine()
     gradients = [np.zeros(n, np.float32) for n in layers(args.parameters)]
     nbytes = sum(gradient.nbytes for gradient in gradients)
     everyone = [kind(gradients, unpack=u) for u in (True, False) for kind in (step, roof)]
     results = measuring.run("training step", [nbytes], everyone, turns=args.turns)
-    measuring.report(results, args.csv)
+    measuring.report("step", results, args.out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from measuring import Result, human_size, load
+from records import Result, load_results
+from tables import human_size
 
 KIB, MIB = 2**10, 2**20
 
@@ -226,9 +227,11 @@ def main() -> None:
     parser.add_argument("benchmarks", nargs="*", default=[*PARTS], metavar="benchmark")
     args = parser.parse_args()
     for name in args.benchmarks:
-        path = args.folder / f"{name}.csv"
-        if path.exists():
-            PARTS[name](load(path))
+        path = args.folder / f"{name}.json"
+        if name not in PARTS:
+            print(f"\n{name} has no targets")
+        elif path.exists():
+            PARTS[name](load_results(path))
         else:
             print(f"\nno {path}: make bench-{name}")
 

@@ -1,6 +1,6 @@
 """TensorFlow: whole training steps, beside MultiWorkerMirroredStrategy (and Horovod) in one run.
 
-    mpirun -n 2 python benchmarks/tensorflow_training.py [--csv FILE] [--batch 64]
+    mpirun -n 2 python benchmarks/tensorflow_training.py [--out FILE.json] [--batch 64]
 
 A step is forward, backward and update of an MLP of 10 million parameters, inside tf.function: with
 hvdkit's DistributedGradientTape, with its Keras DistributedOptimizer, with tf.distribute's
@@ -11,24 +11,27 @@ takes beyond ``alone`` and ``core`` is the adapter's overhead, shown at the end.
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import measuring
 import numpy as np
+import options
 import tensorflow as tf
 from measuring import Candidate, Prepared
+from options import Choice
 from peers import start_horovod, start_strategy
+from records import OURS, PEER
 
 import hvdkit.keras as hvd_keras
 import hvdkit.tensorflow as hvd
 from hvdkit.api import context
 from hvdkit.engine.bucketing import Gradient
+
+PEERS = ["strategy", "horovod"]
 
 LAYERS = (784, 2048, 2048, 2048, 10)
 
@@ -95,7 +98,7 @@ def training_step(how: str, batch: int, strategy: tf.distribute.Strategy) -> Can
 
         return call, check
 
-    return Candidate(how, prepare)
+    return Candidate(how, prepare, OURS if how.startswith("hvdkit") else PEER)
 
 
 def core() -> Candidate:
@@ -139,26 +142,21 @@ def show_overhead(results: list[measuring.Result]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options.parser(__doc__, peers=Choice(PEERS, PEERS))
     parser.add_argument("--batch", type=int, default=64, help="rows of each rank")
-    parser.add_argument("--turns", type=int, default=measuring.TURNS, help="of each candidate")
-    parser.add_argument("--csv", type=Path, help="append the figures to this file")
-    args = parser.parse_args()
-
-    hvd.init()
+    args = options.start(parser)
     tf.config.threading.set_intra_op_parallelism_threads(1)
     strategy = start_strategy()
-    if hvd.rank() == 0:
-        measuring.show_machine()
-        print(f"TensorFlow {tf.__version__}, Keras {keras.__version__}")
-    names = ["hvdkit", "hvdkit.keras", "MultiWorkerMirrored", "alone"]
-    names += ["Horovod"] * start_horovod("tensorflow")
+    measuring.show_machine()
+    names = ["hvdkit", "hvdkit.keras", "alone"]
+    names += ["MultiWorkerMirrored"] * ("strategy" in args.peers)
+    names += ["Horovod"] * ("horovod" in args.peers and start_horovod("tensorflow"))
     candidates = [training_step(how, args.batch, strategy) for how in names]
     nbytes = 4 * sum(int(np.prod(v.shape)) for v in mlp().trainable_variables)
     results = measuring.run("step of an MLP", [nbytes], [*candidates, core()], turns=args.turns)
     if hvd.rank() == 0:
         show_overhead(results)
-    measuring.report(results, args.csv)
+    measuring.report("tensorflow", results, args.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """PyTorch: collectives by name and whole training steps, beside gloo (and Horovod) in one run.
 
-    mpirun -n 2 python benchmarks/torch_training.py [--csv FILE] [--only named step]
+    mpirun -n 2 python benchmarks/torch_training.py [--only named step] [--out FILE.json]
 
 ``named``: a synchronous all-reduce of 4 bytes, and 60 tensors of 100 KiB started one by one and
 then waited for.  ``step``: forward, backward and update of a CNN and of a small GPT, with hvdkit's
@@ -10,15 +10,16 @@ communication.  See measuring.py for the method.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import measuring
+import options
 import torch
 import torch.distributed as dist
 from measuring import Candidate, Prepared
+from options import Choice
 from peers import start_gloo, start_horovod
+from records import OURS, PEER
 from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
@@ -26,6 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 import hvdkit.torch as hvd
 
 TENSORS, KIB = 60, 1024
+
+PEERS = ["gloo", "horovod"]
 
 Step = Callable[[], object]
 
@@ -54,7 +57,7 @@ def named_allreduce(tensors: int, library: str) -> Candidate:
 
         return call, check
 
-    return Candidate(library, prepare)
+    return Candidate(library, prepare, OURS if library == "hvdkit" else PEER)
 
 
 def starters() -> dict[str, Callable[[list[torch.Tensor]], Step]]:
@@ -199,7 +202,7 @@ def training_step(
 
         return call, check
 
-    return Candidate(how, prepare)
+    return Candidate(how, prepare, OURS if "hvdkit" in how else PEER)
 
 
 def parameters(build: Callable[[], tuple[nn.Module, torch.Tensor]]) -> int:
@@ -207,18 +210,14 @@ def parameters(build: Callable[[], tuple[nn.Module, torch.Tensor]]) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options.parser(__doc__, peers=Choice(PEERS, PEERS))
     parser.add_argument("--only", nargs="+", default=["named", "step"], choices=["named", "step"])
-    parser.add_argument("--turns", type=int, default=measuring.TURNS, help="of each candidate")
-    parser.add_argument("--csv", type=Path, help="append the figures to this file")
-    args = parser.parse_args()
-
-    hvd.init()
+    args = options.start(parser)
     torch.set_num_threads(1)
-    if hvd.rank() == 0:
-        measuring.show_machine()
+    measuring.show_machine()
     start_gloo()
-    libraries = ["hvdkit", "gloo"] + ["Horovod"] * start_horovod("torch")
+    libraries = ["hvdkit"] + ["gloo"] * ("gloo" in args.peers)
+    libraries += ["Horovod"] * ("horovod" in args.peers and start_horovod("torch"))
     results = []
     if "named" in args.only:
         for what, tensors, nbytes in (
@@ -232,17 +231,20 @@ def main() -> None:
 
         over_hvdkit = dist.new_group(backend="hvdkit")
         for build in (cnn, gpt):
-            candidates = [
-                training_step(build, "hvdkit", None),
-                training_step(build, "DDP over gloo", None),
-                training_step(build, "DDP over hvdkit", over_hvdkit),
-                training_step(build, "alone", None),
+            hows = [
+                "hvdkit",
+                *["DDP over gloo"] * ("gloo" in libraries),
+                "DDP over hvdkit",
+                "alone",
             ]
-            if "Horovod" in libraries:
-                candidates.append(training_step(build, "Horovod", None))
+            hows += ["Horovod"] * ("Horovod" in libraries)
+            candidates = [
+                training_step(build, how, over_hvdkit if how == "DDP over hvdkit" else None)
+                for how in hows
+            ]
             what = f"step of a {build.__name__.upper()}"
             results += measuring.run(what, [parameters(build)], candidates, turns=args.turns)
-    measuring.report(results, args.csv)
+    measuring.report("torch", results, args.out)
 
 
 if __name__ == "__main__":
