@@ -3,7 +3,7 @@
 # make bench: all of these, short, then a report of all figures in results/report.html
 # make bench-allreduce | bench-collectives | bench-dtypes | bench-bucketing | bench-compression
 # make bench-step | bench-torch | bench-tensorflow | bench-pipeline | bench-hosts
-# make bench-report; make bench-compare OLD=FOLDER NEW=results
+# make tune; make bench-report; make bench-compare OLD=FOLDER NEW=results; make figures
 # MPI=openmpi (default) or mpich; RANKS="2 4" for tests and benchmarks
 # SIZES="4 1MiB" ALGORITHMS="ring tree" PEERS="mpi gloo" DTYPE=float16 TURNS=21 SHORT=1 for benchmarks
 #
@@ -30,7 +30,7 @@ export OMP_NUM_THREADS ?= 1
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-gpt2 test test-gpu test-sanitize check format doctor clean bench bench-allreduce \
     bench-collectives bench-dtypes bench-step bench-bucketing bench-compression bench-torch bench-tensorflow \
-    bench-pipeline bench-hosts bench-report bench-compare plots
+    bench-pipeline bench-hosts bench-report bench-compare plots figures tune
 
 help:
 	@sed -n '1,10s/^# \{0,1\}//p' Makefile
@@ -101,6 +101,7 @@ BENCH_RANKS := 2
 SHORT_RANKS :=
 bench-allreduce bench-bucketing bench-pipeline: BENCH_RANKS := 2 4
 bench-torch bench-tensorflow: BENCH_RANKS := 1 2 4
+bench-allreduce: SHORT_RANKS := 2 3 4 5
 bench-torch bench-tensorflow bench-bucketing bench-pipeline: SHORT_RANKS := 2
 bench-compression: BENCH_SCRIPT := compressing
 bench-torch: BENCH_SCRIPT := torch_training
@@ -112,10 +113,14 @@ bench-hosts: $(VENV)/.installed
 	timeout 1800 $(BIN)/python benchmarks/hosts.py --out results/hosts.json $(BENCH_OPTIONS) && \
 	    $(BIN)/python benchmarks/targets.py results hosts
 
+# What init() reads from then on; the report's predictions and simulations are by it as well.
+tune: $(VENV)/.installed
+	$(foreach n,$(or $(RANKS),2 3 4 5),$(MPIRUN) -n $(n) $(BIN)/python -m hvdkit tune &&) true
+
 # The earlier figures stay in results/earlier, with which the report compares.
 bench: $(VENV)/.installed
 	@mkdir -p results/earlier && cp results/*.json results/earlier 2>/dev/null || true
-	@failed=; for name in $(BENCHMARKS) bench-hosts; do \
+	@failed=; for name in tune $(BENCHMARKS) bench-hosts; do \
 	    $(MAKE) --no-print-directory $$name SHORT=1 || failed="$$failed $$name"; done; \
 	    $(MAKE) --no-print-directory bench-report || failed="$$failed bench-report"; \
 	    test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
@@ -131,6 +136,11 @@ bench-compare: $(VENV)/.installed
 # The README's, from the figures in results/.
 plots: $(VENV)/.installed
 	$(BIN)/python benchmarks/report.py results --images docs/images
+
+# Those of docs/algorithms.md.
+figures: $(VENV)/.installed
+	$(MPIRUN) -n $(or $(RANKS),4) $(BIN)/python -m hvdkit tune
+	$(MPIRUN) -n $(or $(RANKS),4) $(BIN)/python benchmarks/curves.py --images docs/images --out results/curves.json $(BENCH_OPTIONS)
 
 doctor: $(VENV)/.installed
 	$(BIN)/python -m hvdkit doctor

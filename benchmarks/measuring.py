@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import tables
 from options import TURNS
-from records import OURS, Result, Run, save
+from records import OURS, Result, Run, plain_name, save
 from tables import human_size
 from tqdm import tqdm
 
@@ -183,7 +183,7 @@ def show_machine() -> None:
 
 def mpi_name() -> str:
     """Return ``"Open MPI 5.0.11"`` or ``"MPICH 5.0.2"``."""
-    return " ".join(library_version().replace("Version:", "").replace(" v", " ").split())
+    return plain_name(library_version())
 
 
 # The end

@@ -54,6 +54,11 @@ def bus_factor(collective: str, ranks: int) -> float | None:
     return factors.get(collective)
 
 
+def plain_name(library: str) -> str:
+    """Return ``"Open MPI 5.0.11"`` or ``"MPICH 5.0.2"`` of what the library calls itself."""
+    return " ".join(library.replace("Version:", "").replace(" v", " ").split())
+
+
 @dataclass(frozen=True)
 class Result:
     """What was measured for one candidate at one size.

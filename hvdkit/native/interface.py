@@ -49,6 +49,10 @@ class Kernels(ABC):
             ValueError: `divisor` is less than one.
         """
 
+    @abstractmethod
+    def convert(self, out: Array, source: Array) -> None:
+        """Set `out` to `source` in the precision of `out`: floats, rounded to nearest even."""
+
 
 class ShortWay(Protocol):
     """Calls of one collective that were made before, by dtype and shape and all other arguments."""

@@ -116,6 +116,10 @@ class NumpyKernels(Kernels):
                     left, right = right, left
                 out[block] = _combine(left, right, op)
 
+    def convert(self, out: Array, source: Array) -> None:
+        with np.errstate(all="ignore"):
+            np.copyto(out, source, casting="unsafe")
+
     def scale(self, array: Array, *, divisor: int = 1, factor: float = 1.0) -> None:
         if divisor < 1:
             raise ValueError(f"divisor must be 1 or more, not {divisor}")

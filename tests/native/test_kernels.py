@@ -293,6 +293,19 @@ def test_other_conversions_and_their_limits() -> None:
         _native.convert(single, 11, double[1:], 12)
 
 
+@pytest.mark.parametrize("to", [*HALVES, np.dtype(np.float32), np.dtype(np.float64)], ids=str)
+@pytest.mark.parametrize("source", [*HALVES, np.dtype(np.float32), np.dtype(np.float64)], ids=str)
+def test_convert_rounds_as_numpy_does(kernels: Kernels, source: np.dtype, to: np.dtype) -> None:
+    rng = np.random.default_rng(1)
+    values = np.concatenate([rng.standard_normal(1001) * 10.0**k for k in (-8, -4, 0, 4, 8)])
+    with np.errstate(all="ignore"):
+        x = np.concatenate([values, [0.0, -0.0, np.inf, -np.inf]]).astype(source)
+        wanted = x.astype(to)
+    out = np.empty(x.shape, to)
+    kernels.convert(out, x)
+    assert out.tobytes() == wanted.tobytes()
+
+
 @needs_native
 @pytest.mark.parametrize("variant", PROVIDERS[1:])
 def test_copy_at_every_offset(variant: str) -> None:

@@ -80,12 +80,11 @@ class _CastCodec(LossyCodec):
 
     def reduce(self, group: Group, buffer: NDArray[Any], scaling: Scaling, label: str) -> None:
         wire = self._wire
-        if scaling.prescale == 1.0:
-            np.copyto(wire, buffer, casting="unsafe")
-        else:
-            np.multiply(buffer, scaling.prescale, out=wire, dtype=buffer.dtype, casting="unsafe")
+        if scaling.prescale != 1.0:
+            group.kernels.scale(buffer, factor=scaling.prescale)
+        group.kernels.convert(wire, buffer)
         sum_in_place(group, wire, label)
-        np.copyto(buffer, wire)
+        group.kernels.convert(buffer, wire)
         group.kernels.scale(buffer, divisor=scaling.divisor, factor=scaling.postscale)
 
     def wire_bytes(self, size: int) -> int:

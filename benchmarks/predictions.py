@@ -1,0 +1,103 @@
+"""What the cost model and the simulator say of what was measured, by hvdkit's tuning file.
+
+Both start from alpha, beta and gamma, which ``hvdkit tune`` has fitted to other measurements on
+as many ranks.  What they say is held against these: the report shows by how much they are wrong.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from plots import PREDICTED, Series
+from records import Result, Run, plain_name
+from tables import by_measurement, human_size, sizes_of
+
+from hvdkit.schedules.cost import log2_ceil
+from hvdkit.schedules.registry import ALGORITHMS
+from hvdkit.simulation.collective import simulate
+from hvdkit.simulation.network import Network
+from hvdkit.tuning import Tuning, load
+from hvdkit.tuning.estimates import Estimates
+from hvdkit.tuning.file import default_path
+
+#: What the model knows besides the schedules, by the name that a benchmark gives it.
+OTHERS = {"allreduce": {"shm": "shm", "gathered": "gathered"}}
+
+
+def tunings() -> tuple[Tuning, ...]:
+    """Return what ``hvdkit tune`` has written where ``init`` reads it; nothing if it was not here.
+
+    Raises:
+        ConfigError: the file is none of hvdkit's.
+    """
+    path = Path(os.environ.get("HVDKIT_TUNING_FILE") or default_path(os.environ))
+    return load(path) if path.is_file() else ()
+
+
+def estimates_of(results: Sequence[Result], known: Iterable[Tuning]) -> Estimates | None:
+    """Return what was fitted where a measurement was made, on one node; None: nothing was."""
+    for tuning in known:
+        world = tuning.world
+        if world.nodes == (results[0].ranks,) and plain_name(world.library) == results[0].mpi:
+            return Estimates(tuning, results[0].ranks)
+    return None
+
+
+def predicted(runs: Iterable[Run], known: Sequence[Tuning]) -> dict[tuple[str, int], list[Series]]:
+    """Return the model's curves, of seconds over bytes, by measurement and number of ranks."""
+    found: dict[tuple[str, int], list[Series]] = {}
+    for run in runs:
+        for some in by_measurement(run.results):
+            what, estimates = some[0].what, estimates_of(some, known)
+            if what not in ALGORITHMS or estimates is None:
+                continue
+            ways = {name: name for name in ALGORITHMS[what]} | OTHERS.get(what, {})
+            sizes = sizes_of(some)
+            found[what, some[0].ranks] = [
+                Series(
+                    name,
+                    sizes,
+                    [estimates.modelled(what, ways[name], nbytes) for nbytes in sizes],
+                    kind=PREDICTED,
+                )
+                for name in dict.fromkeys(r.name for r in some)
+                if name in ways
+            ]
+    return found
+
+
+def simulated_seconds(estimates: Estimates, what: str, name: str, nbytes: int) -> float:
+    """Return the seconds of a schedule as it is played on the ranks, and of the check before it."""
+    network = Network(
+        size=estimates.size,
+        machine=estimates.levels.messages,
+        segment_bytes=estimates.segment_bytes(nbytes),
+    )
+    check = estimates.levels.check[0] * log2_ceil(estimates.size)
+    return simulate(name, nbytes, network, collective=what).seconds + check
+
+
+def errors_of(results: Sequence[Result], estimates: Estimates) -> list[list[str]]:
+    """Return a row for each schedule: by how much the simulation was off at each size.
+
+    The last cell is the median of the errors' sizes.
+    """
+    what, rows = results[0].what, []
+    for name in ALGORITHMS[what]:
+        measured = {r.nbytes: r.seconds for r in results if r.name == name}
+        if measured:
+            off = {
+                nbytes: simulated_seconds(estimates, what, name, nbytes) / seconds - 1
+                for nbytes, seconds in measured.items()
+            }
+            cells = [f"{100 * off[n]:+.0f} %" if n in off else "" for n in sizes_of(results)]
+            rows.append([name, *cells, f"{100 * np.median(np.abs(list(off.values()))):.0f} %"])
+    return rows
+
+
+def heads_of(results: Sequence[Result]) -> list[str]:
+    """Return the heads of the rows of `errors_of`."""
+    return ["", *map(human_size, sizes_of(results)), "median"]

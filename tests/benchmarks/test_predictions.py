@@ -1,0 +1,84 @@
+"""Predicted and simulated times beside measured ones."""
+
+from dataclasses import replace
+
+import predictions
+import pytest
+import report
+from figures import made_run
+from records import Result, Run, plain_name
+
+from hvdkit.schedules.machine import Level
+from hvdkit.tuning.estimates import Estimates
+from hvdkit.tuning.record import USUAL_LEVELS, Tuning, World
+
+LEVEL = Level(alpha=1e-5, beta=1e-10, gamma=0.0)
+
+
+def tuned(ranks=2, library="Open MPI v5"):
+    world = World(
+        hvdkit="0.1.0",
+        machines=("m",),
+        nodes=(ranks,),
+        transport="mpi",
+        library=library,
+        kernels="numpy",
+        shared_memory=True,
+    )
+    return Tuning(world=world, levels=replace(USUAL_LEVELS, within=LEVEL, check=(2e-6, 0.0)))
+
+
+def run_as_predicted(ranks, factor=1.0):
+    """Return an all-reduce that takes as long as the simulator says, times a factor."""
+    estimates = Estimates(tuned(ranks), ranks)
+    results = [
+        Result(
+            "Open MPI 5",
+            ranks,
+            "allreduce",
+            name,
+            nbytes,
+            (factor * predictions.simulated_seconds(estimates, "allreduce", name, nbytes),) * 9,
+            0,
+        )
+        for name in ("ring", "tree")
+        for nbytes in (4, 4096)
+    ]
+    return Run("allreduce", "2026-11-21T12:00:00+0000", {}, {}, tuple(results))
+
+
+@pytest.mark.parametrize("name", ["Open MPI v5.0.11", "Open MPI 5.0.11", "MPICH Version: 5.0.2"])
+def test_names_of_libraries(name):
+    assert plain_name(name) in ("Open MPI 5.0.11", "MPICH 5.0.2")
+
+
+def test_a_ring_by_hand():
+    """Two messages of half the bytes, after a round of the check for each doubling of ranks."""
+    estimates = Estimates(tuned(2), 2)
+    seconds = predictions.simulated_seconds(estimates, "allreduce", "ring", 1000)
+    assert seconds == pytest.approx(2 * (1e-5 + 500e-10) + 2e-6)
+    estimates = Estimates(tuned(4), 4)
+    seconds = predictions.simulated_seconds(estimates, "allreduce", "ring", 1000)
+    assert seconds == pytest.approx(6 * (1e-5 + 250e-10) + 2 * 2e-6)
+
+
+@pytest.mark.parametrize(("factor", "shown"), [(1.0, "+0 %"), (2.0, "-50 %"), (0.5, "+100 %")])
+def test_errors(factor, shown):
+    run = run_as_predicted(3, factor)
+    rows = predictions.errors_of(run.results, Estimates(tuned(3), 3))
+    size = shown.strip("+-")
+    assert rows == [[name, shown, shown, size] for name in ("ring", "tree")]
+    (section,) = report.simulator([run], [tuned(3)])
+    assert section.parts[0].tables[0].rows == rows
+    assert section.parts[0].tables[0].head == ["", "4 B", "4 KiB", "median"]
+
+
+def test_curves_of_what_was_tuned_alone():
+    run = made_run(1)
+    curves = predictions.predicted([run], [tuned()])
+    assert {s.name for s in curves["allreduce", 2]} == {"shm", "ring"}
+    for other in (tuned(3), tuned(library="MPICH Version: 5")):
+        assert predictions.predicted([run], [other]) == {}
+        assert report.simulator([run], [other]) == []
+    page = report.render([run], report.sections_of([run], curves))
+    assert "ring, predicted" in page
