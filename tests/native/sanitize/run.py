@@ -27,7 +27,14 @@ ROOT = HERE.parents[2]
 SOURCES = ROOT / "hvdkit" / "native" / "src"
 LIMIT_SECONDS = 600
 PYTHON_LIMIT_SECONDS = 900
-TESTS = ("test_kernels.py", "test_arena.py", "test_arena_stress.py", "test_short_way.py")
+TESTS = (
+    "native/test_kernels.py",
+    "native/test_arena.py",
+    "native/test_short_way.py",
+    "core/test_gathered.py",
+    "core/test_tcp_swap.py",
+)
+LONG_TESTS = ("native/test_arena_stress.py",)
 
 # As in setup.py, where the reasons are.
 FLAGS = ("-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
@@ -207,7 +214,7 @@ def python(folder: Path, quick: bool) -> None:
     if not Path(where).is_relative_to(package):
         raise RunError(f"not the module that was built here, but {where}")
     settings = ["-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]
-    tests = [HERE.parent / name for name in TESTS[: 2 if quick else 3]]
+    tests = [HERE.parents[1] / name for name in (TESTS if quick else TESTS + LONG_TESTS)]
     output = expect_success(
         [sys.executable, "-m", "pytest", "-x", *settings, *tests],
         env=env,
