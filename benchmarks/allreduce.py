@@ -179,7 +179,7 @@ def candidates(
 
 
 def main() -> None:
-    schedules = ["arena", "shm", *ALGORITHMS["allreduce"]]
+    schedules = ["auto", "arena", "shm", *ALGORITHMS["allreduce"]]
     parser = options.parser(
         __doc__,
         sizes=Choice(SIZES, short=SHORT_SIZES),

@@ -14,6 +14,8 @@ from pathlib import Path
 from records import Result, load_results
 from tables import human_size
 
+from hvdkit.schedules.registry import ALGORITHMS
+
 KIB, MIB = 2**10, 2**20
 
 #: Bytes: times as fast as the MPI library, on ordinary buffers and on buffers in the arena.
@@ -42,6 +44,9 @@ TORCH_OVER_GLOO = {
     "step of a GPT": 1.0,
 }
 
+
+#: What "auto" picks is as fast as the fastest fixed choice, or nearly.
+AUTO_OVER_BEST = 0.9
 
 #: Share of a step that may be neither the step alone nor the core's all-reduce of as many bytes.
 TENSORFLOW_OVERHEAD = 0.2
@@ -100,6 +105,22 @@ def show_allreduce(results: list[Result]) -> None:
     for nbytes in sorted({key[3] for key in figures}):
         found = ratios(figures, "allreduce", "shm", "MPI library", nbytes)
         show([line(f"{human_size(nbytes)}, ordinary buffers", found, 1.0)])
+
+    show_auto(results)
+
+
+def show_auto(results: list[Result]) -> None:
+    """Show how "auto" does beside the best of the algorithms that it can choose from."""
+    for ranks in sorted({r.ranks for r in results}):
+        figures = latest(results, ranks)
+        heading(f"all-reduce, {ranks} ranks, auto over the fastest fixed choice")
+        choices = {key[2] for key in figures} & {"shm", "gathered", *ALGORITHMS["allreduce"]}
+        for nbytes in sorted({key[3] for key in figures}):
+            found: dict[str, float] = {}
+            for name in choices:
+                for mpi, ratio in ratios(figures, "allreduce", "auto", name, nbytes).items():
+                    found[mpi] = min(ratio, found.get(mpi, ratio))
+            show([line(human_size(nbytes), found, AUTO_OVER_BEST)])
 
 
 def show_collectives(results: list[Result]) -> None:
