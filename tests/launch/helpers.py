@@ -19,7 +19,7 @@ _LAUNCHERS = ("OMPI_", "PMI_", "PMIX_", "PRTE_", "SLURM_", "HYDRA_", "HOROVOD_",
 def plain_environment(**more: str) -> dict[str, str]:
     """Return the environment without a trace of any launcher, in which this source is imported.
 
-    This Python is the first in PATH, as where its environment is active.
+    This Python is the first in PATH, as where its environment is active; and nothing is tuned.
     """
     kept = {
         name: value
@@ -27,7 +27,8 @@ def plain_environment(**more: str) -> dict[str, str]:
         if not name.startswith(_LAUNCHERS) and name != "WORLD_SIZE"
     }
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return kept | {"PYTHONPATH": str(REPOSITORY), "PATH": path} | more
+    usual = {"PYTHONPATH": str(REPOSITORY), "PATH": path, "HVDKIT_TUNING_FILE": "off"}
+    return kept | usual | more
 
 
 def python(*arguments: str, timeout: float = 60.0, **environment: str) -> Outcome:
