@@ -27,7 +27,8 @@ _last_words: LastWords | None = None
 def init(comm: Any = None, process_sets: Sequence[ProcessSet] | str | None = None) -> None:
     """Join the job.  Collective, blocking; starts MPI if nobody has.  Again: does nothing.
 
-    From here on an uncaught exception on one rank ends the whole job, after its traceback.
+    From here on an uncaught exception on one rank ends the whole job, after its traceback; so does
+    an exit with another status than 0, by ``sys.exit``, ``exit`` or ``quit``.
 
     Args:
         comm: an mpi4py intracommunicator, which is duplicated, or a list of ranks; None: all.
@@ -51,7 +52,7 @@ def init(comm: Any = None, process_sets: Sequence[ProcessSet] | str | None = Non
     if _context.group.size > 1:
         _last_words = LastWords(_context)
         _last_words.install()
-    atexit.register(shutdown)
+    atexit.register(_leave)
 
 
 def shutdown() -> None:
@@ -63,8 +64,15 @@ def shutdown() -> None:
     if _last_words is not None:
         _last_words.remove()
         _last_words = None
-    atexit.unregister(shutdown)
+    atexit.unregister(_leave)
     leaving.close()
+
+
+def _leave() -> None:
+    """Leave the job when the interpreter ends; or end it, if this rank has failed."""
+    if _last_words is not None:
+        _last_words.at_exit()
+    shutdown()
 
 
 def is_initialized() -> bool:

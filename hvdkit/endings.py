@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
+import os
 import sys
+import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any, NoReturn
 
 from hvdkit.context import Context
 from hvdkit.errors import PeerError
@@ -16,8 +21,15 @@ _SECONDS_TO_FORWARD = 0.5
 _QUOTED = f"{PeerError.__module__}.{PeerError.__name__}: "
 
 
+#: What raises SystemExit by a call; the last two are not there under ``python -S``.
+_EXITS = ((sys, "exit"), (builtins, "exit"), (builtins, "quit"))
+
+
 class LastWords:
     """An excepthook: prints an uncaught exception, then ends every rank of the job.
+
+    An exit with another status than 0 does the same when the interpreter ends: over MPI the rank
+    would otherwise wait for the others, in MPI_Finalize.
 
     Of a rank that only suffers from another's end, one line will do: its traceback would stand
     where one looks for the cause.
@@ -26,29 +38,112 @@ class LastWords:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._before = sys.excepthook
+        self._process = os.getpid()
+        self._exits: dict[tuple[Any, str], tuple[Any, Any]] = {}
+        self._uncaught: SystemExit | None = None
 
     def install(self) -> None:
         sys.excepthook = self
+        for place in _EXITS:
+            if hasattr(*place):
+                before = getattr(*place)
+                self._exits[place] = before, self._noting(before)
+                setattr(*place, self._exits[place][1])
 
     def remove(self) -> None:
         """Put back what was there before, unless somebody else has taken its place since."""
         if sys.excepthook is self:
             sys.excepthook = self._before
+        for place, (before, own) in self._exits.items():
+            if getattr(*place) is own:
+                setattr(*place, before)
 
     def __call__(
         self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
-        here, suffered = self._context.topology, suffered_from(error)
+        suffered = suffered_from(error)
         what = f"raised {kind.__name__}"
         if suffered is None:
             self._before(kind, error, traceback)
         else:
             what = f"cannot go on: {suffered}"
+        self._end(what, 1)
+
+    def at_exit(self) -> None:
+        """End every rank if this process ends by an exit with another status than 0."""
+        error = self._uncaught
+        # A process that this one has forked ends by itself.
+        if error is None or not status_of(error.code) or os.getpid() != self._process:
+            return
+        status = status_of(error.code)
+        suffered = None if error.__context__ is None else suffered_from(error.__context__)
+        what = f"exits with status {status}"
+        self._end(what if suffered is None else f"cannot go on: {suffered}", status)
+
+    def _end(self, what: str, status: int) -> None:
+        here = self._context.topology
         sys.stdout.flush()
         sys.stderr.write(f"hvdkit: rank {here.rank} of {here.size} {what}; ending the job\n")
         sys.stderr.flush()
         time.sleep(_SECONDS_TO_FORWARD)
-        self._context.abort(1)
+        self._context.abort(status)
+
+    def _noting(self, leave: Callable[..., NoReturn]) -> Callable[..., NoReturn]:
+        """Return `leave`, ``sys.exit`` or the like, whose SystemExit tells when nobody caught it.
+
+        In another thread, which alone is ended by it, it stays what it is.
+        """
+
+        def exit(*code: Any, **named: Any) -> NoReturn:
+            try:
+                leave(*code, **named)
+            except SystemExit as exc:
+                if threading.current_thread() is not threading.main_thread():
+                    raise
+                raised = _NotedExit(*exc.args)
+            raised.when_uncaught = self._note
+            raise raised
+
+        return exit
+
+    def _note(self, error: SystemExit) -> None:
+        self._uncaught = error
+
+
+class _NotedExit(SystemExit):
+    """A SystemExit that tells when the interpreter itself asks for its code: it ends by it.
+
+    An ``atexit`` function cannot find out by itself: the exception is gone by then, and one that
+    somebody caught does not count.
+    """
+
+    when_uncaught: Callable[[SystemExit], None]
+
+    @property
+    def code(self) -> Any:
+        try:
+            sys._getframe(1)
+        except ValueError:  # no Python code runs that could have asked
+            self.when_uncaught(self)
+        return super().code
+
+    @code.setter
+    def code(self, value: Any) -> None:
+        vars(SystemExit)["code"].__set__(self, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SystemExit, self.args
+
+
+_NotedExit.__name__ = _NotedExit.__qualname__ = "SystemExit"  # as a traceback shows it
+_NotedExit.__module__ = "builtins"
+
+
+def status_of(code: Any) -> int:
+    """Return the exit status of a process that ends by ``SystemExit(code)``."""
+    if code is None:
+        return 0
+    return code & 0xFF if isinstance(code, int) else 1
 
 
 def suffered_from(error: BaseException) -> str | None:

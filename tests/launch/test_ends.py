@@ -88,6 +88,54 @@ def test_an_uncaught_exception_on_one_rank_ends_the_job(shm):
     assert "hvdkit: rank 1 of 3 raised ZeroDivisionError; ending the job" in outcome.stderr
 
 
+EXITING = """
+    import os, sys, threading, time
+    import numpy as np
+    import hvdkit as hvd
+    hvd.init()
+    hvd.allreduce(np.ones(10))
+    if hvd.rank() == 1:
+        exec(os.environ["ENDING"])
+    elif "WAIT" in os.environ:
+        time.sleep(600)
+    print("went on")
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"), [("sys.exit(3)", 3), ("exit(4)", 4), ("sys.exit('no data')", 1)]
+)
+def test_an_exit_with_another_status_than_0_ends_the_job(ending, status):
+    """MPI_Finalize waits for the other ranks: for ever, if these hang."""
+    began = time.monotonic()
+    outcome = run(EXITING, 3, timeout=SECONDS, environment={"ENDING": ending, "WAIT": "1"})
+    assert time.monotonic() - began < SECONDS
+    assert outcome.status == status, outcome.stderr
+    assert "went on" not in outcome.stdout
+    line = f"hvdkit: rank 1 of 3 exits with status {status}; ending the job"
+    assert line in outcome.stderr
+    assert ("no data" in outcome.stderr) == (status == 1)
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "sys.exit(0)",
+        "sys.exit()",
+        "try: sys.exit(3)\nexcept SystemExit as exc: assert exc.code == 3",
+        "thread = threading.Thread(target=sys.exit, args=(3,)); thread.start(); thread.join()",
+        "try: sys.exit(3)\nexcept SystemExit: sys.exit(0)",
+        "hvd.shutdown(); assert 'hvdkit' not in sys.exit.__module__",
+    ],
+)
+def test_other_exits_end_nothing(ending):
+    # The others leave as soon: an MPI that is shut down waits for them.
+    outcome = run(EXITING, 3, timeout=SECONDS, environment={"ENDING": ending})
+    assert outcome.status == 0, outcome.stderr
+    assert "ending the job" not in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
 def test_kill_9_of_one_rank(job, shm_dir):
     running, pids = job()
     os.kill(pids[1], signal.SIGKILL)

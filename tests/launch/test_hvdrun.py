@@ -90,6 +90,8 @@ JOB = """
             raise ZeroDivisionError("the loss of rank 1")
         if how == "exit":
             os._exit(7)
+        if how == "sys.exit":
+            sys.exit(3)
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
     if how:
@@ -166,6 +168,15 @@ def test_an_hvdrun_that_is_ended_takes_its_ranks_along(mode, script, tmp_path, n
         assert "hvdrun: ended by Ctrl-C\n" in stderr
     else:
         assert job.returncode == -number
+
+
+def test_a_rank_that_exits_with_a_status_while_the_others_hang(mode, script):
+    source = JOB.replace('if how == "sleep" else 0', "")
+    done = hvdrun("-np", 3, mode, "python", script(source), HOW="sys.exit")
+    assert done.status == 3, done.stderr
+    said = done.stderr.splitlines()
+    assert said[0] == "[1:err] hvdkit: rank 1 of 3 exits with status 3; ending the job"
+    assert re.fullmatch(r"hvdrun: rank 1 of 3 on \S+ ended with status 3", said[-1]), done.stderr
 
 
 def test_ranks_that_do_not_end_when_told_to_are_killed(tmp_path):
