@@ -94,7 +94,12 @@ def run(args: argparse.Namespace) -> int:
         colours=(wants_colours(streams[0], os.environ), wants_colours(streams[1], os.environ)),
     )
     sys.stdout.flush()
-    display = Display(*streams, style=style, folder=args.output_filename, size=launch.size)
+    try:
+        display = Display(*streams, style=style, folder=args.output_filename, size=launch.size)
+    except OSError as exc:
+        raise ArgumentError(
+            f"--output-filename={args.output_filename}: {exc.filename}: {exc.strerror}"
+        ) from exc
     with unwinding_on_sigterm():
         return _start(launch, found, display)
 
@@ -131,6 +136,7 @@ def _read(args: argparse.Namespace) -> Launch:
     told = settings(args)
     own = {name: text for name, text in os.environ.items() if name != SHELL}
     config = Config.from_environment(own | told)
+    _follow(config.transport, args)
     interfaces = tuple(name for names in args.network_interfaces or () for name in names.split(","))
     more = [*shlex.split(args.binding_args or ""), *shlex.split(args.mpi_args or "")]
     shell = args.rsh or os.environ.get(SHELL)
@@ -146,6 +152,23 @@ def _read(args: argparse.Namespace) -> Launch:
         mpi_arguments=tuple(more),
         verbose=args.verbose,
     )
+
+
+def _follow(transport: str, args: argparse.Namespace) -> None:
+    """Choose --mpi or --tcp as HVDKIT_TRANSPORT says, which the ranks will read, too.
+
+    Raises:
+        ArgumentError: it contradicts an option.
+    """
+    if transport == "auto":
+        return
+    other = "mpi" if transport == "tcp" else "tcp"
+    if getattr(args, other):
+        raise ArgumentError(
+            f"HVDKIT_TRANSPORT={transport} and --{other} contradict each other; give one"
+        )
+    setattr(args, transport, True)
+    refuse(args)
 
 
 def _hosts(args: argparse.Namespace) -> tuple[Host, ...]:

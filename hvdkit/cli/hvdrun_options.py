@@ -133,7 +133,10 @@ def _add_places(group: argparse._ArgumentGroup) -> None:
         help="those to use between hosts, separated by commas",
     )
     group.add_argument(
-        "--start-timeout", type=float, metavar="SECONDS", help="for all ranks (default: 120)"
+        "--start-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="for all ranks, over TCP (default: 120)",
     )
     group.add_argument(
         "--rsh", metavar="COMMAND", help="what runs a command on a host (default: $HVDKIT_RSH, ssh)"

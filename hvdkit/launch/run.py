@@ -117,6 +117,8 @@ def run(
             is set that cannot be honoured.
     """
     _refuse(others)
+    if not callable(func):
+        raise ArgumentError(f"func must be a function to call on every rank, not {func!r}")
     size = _count(num_proc, np)
     places = _places(hosts, hostfile, size)
     networks = _networks(network_interfaces, network_interface)
@@ -194,7 +196,8 @@ def _count(num_proc: int, np: int | None) -> int:
     if np is not None and num_proc not in (1, np):
         raise ArgumentError(f"num_proc={num_proc} and np={np} are the same parameter; give one")
     if not isinstance(count, int) or count < 1:
-        raise ArgumentError(f"num_proc must be a whole number, 1 or more, not {count!r}")
+        name = "num_proc" if np is None else "np"
+        raise ArgumentError(f"{name} must be a whole number, 1 or more, not {count!r}")
     return count
 
 

@@ -51,8 +51,8 @@ def _hold_store(meeting: Meeting, secret: bytes | None) -> None:
     except OSError as exc:
         raise LauncherError(
             f"rank 0 cannot hold the ranks' meeting place at port {meeting.port} ({exc}), perhaps "
-            "for torch.distributed has its own there: set HVDKIT_RENDEZVOUS_PORT to a free port, "
-            "the same on all ranks"
+            "because torch.distributed has its own there: set HVDKIT_RENDEZVOUS_PORT to a free "
+            "port, the same on all ranks"
         ) from exc
     server.start()
 

@@ -166,6 +166,8 @@ class _Server(ThreadingMixIn, HTTPServer):
         super().__init__((address, port), _Handler)
 
     def server_bind(self) -> None:
+        # Or a job could not start on the port of one that has just ended.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         self.socket.bind(self.server_address)  # HTTPServer's would ask the name service who we are

@@ -152,6 +152,32 @@ def test_mistakes_are_status_2_and_one_message(line, text, capsys):
     assert "Traceback" not in said
 
 
+def test_the_transport_variable_is_followed(monkeypatch, capsys):
+    monkeypatch.setenv("HVDKIT_TRANSPORT", "tcp")
+    args = parse("-np 1 python")
+    assert hvdrun._choose(args, hvdrun._read(args)) is None
+    assert hvdrun.main(["-np", "1", "--mpi", "python"]) == 2
+    assert hvdrun.main(["-np", "1", "--mpi-args=-v", "python"]) == 2
+    monkeypatch.setenv("HVDKIT_TRANSPORT", "mpi")
+    assert hvdrun.main(["-np", "1", "--tcp", "python"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "hvdrun: HVDKIT_TRANSPORT=tcp and --mpi contradict each other; give one",
+        "hvdrun: --mpi-args is for mpirun, which --tcp does without; give one",
+        "hvdrun: HVDKIT_TRANSPORT=mpi and --tcp contradict each other; give one",
+    ]
+
+
+def test_output_files_that_cannot_be_written(tmp_path):
+    file = tmp_path / "plain"
+    file.write_text("")
+    code = "import sys; from hvdkit.cli.hvdrun import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "-np", "1", "--tcp", "--output-filename", str(file), "x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"hvdrun: --output-filename={file}: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_misspelt_option_and_a_number_that_is_none(capsys):
     for line, said in (
         ("-np 2 --fusion-treshold-mb=3 python", "--fusion-treshold-mb=3"),
