@@ -179,7 +179,7 @@ def _hosts(args: argparse.Namespace) -> tuple[Host, ...]:
     if args.hostfile is None:
         return ()
     try:
-        return parse_hostfile(Path(args.hostfile).read_text().splitlines())
+        return parse_hostfile(Path(args.hostfile).read_text().splitlines(), args.hostfile)
     except OSError as exc:
         raise ArgumentError(f"--hostfile={args.hostfile} cannot be read: {exc.strerror}") from exc
 

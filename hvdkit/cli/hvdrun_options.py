@@ -251,9 +251,10 @@ def read_config_file(args: argparse.Namespace) -> None:
         raise ArgumentError(f"--config-file={path} cannot be read: {exc}") from exc
     if not isinstance(sections, dict):
         raise ArgumentError(f"--config-file={path} holds no sections")
-    for name, value in _config_values(sections):
+    for key, value in _config_values(sections):
+        name = "num_proc" if key == "np" else _attribute(str(key))
         if not hasattr(args, name):
-            raise ArgumentError(f"--config-file={path}: nothing is called {name!r}")
+            raise ArgumentError(f"--config-file={path}: nothing is called {key!r}")
         given = getattr(args, name) not in (None, False)
         if not given and not (name in ("tcp", "mpi") and (args.tcp or args.mpi)):
             setattr(args, name, value)
@@ -265,14 +266,14 @@ def _config_values(sections: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         if section == "controller":
             yield ("tcp" if str(values).lower() == "gloo" else str(values).lower()), True
             continue
-        prefix = _SECTIONS.get(section)
+        prefix = _SECTIONS.get(_attribute(str(section)))
         if prefix is None or not isinstance(values, dict):
             yield section, values
             continue
         for key, value in values.items():
-            if section == "stall_check" and key == "enabled":
+            if prefix == "stall_check_" and key == "enabled":
                 yield "no_stall_check", int(not value)
-            elif section == "autotune" and key == "enabled":
+            elif prefix == "autotune_" and key == "enabled":
                 yield "autotune", value
             elif value is not None:
                 yield prefix + key, value

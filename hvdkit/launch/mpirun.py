@@ -105,16 +105,24 @@ def parse_hosts(text: str) -> tuple[Host, ...]:
     return tuple(_host(item, r"([\w.-]+):(\d+)", "host1:2,host2:4") for item in text.split(","))
 
 
-def parse_hostfile(lines: Iterable[str]) -> tuple[Host, ...]:
+def parse_hostfile(lines: Iterable[str], name: object = "the hostfile") -> tuple[Host, ...]:
     """Return hosts and slots from lines such as ``host1 slots=2``; ``#`` begins a comment.
 
     Raises:
-        ArgumentError: a line is not of that form, or there is none.
+        ArgumentError: a line is not of that form, or there is none; names the file and the line.
     """
-    kept = [line for line in (line.partition("#")[0].strip() for line in lines) if line]
-    if not kept:
-        raise ArgumentError("the hostfile names no host")
-    return tuple(_host(line, r"([\w.-]+)\s+slots\s*=\s*(\d+)", "host1 slots=2") for line in kept)
+    places = []
+    for number, line in enumerate(lines, 1):
+        kept = line.partition("#")[0].strip()
+        if not kept:
+            continue
+        try:
+            places.append(_host(kept, r"([\w.-]+)\s+slots\s*=\s*(\d+)", "host1 slots=2"))
+        except ArgumentError as exc:
+            raise ArgumentError(f"{name}, line {number}: {exc}") from exc
+    if not places:
+        raise ArgumentError(f"{name} names no host")
+    return tuple(places)
 
 
 def command(

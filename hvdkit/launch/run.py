@@ -210,7 +210,7 @@ def _places(
     if hosts is not None:
         places = parse_hosts(hosts)
     elif hostfile is not None:
-        places = parse_hostfile(Path(hostfile).read_text().splitlines())
+        places = parse_hostfile(Path(hostfile).read_text().splitlines(), hostfile)
     else:
         return ()
     slots = sum(count for _, count in places)

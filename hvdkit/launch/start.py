@@ -18,6 +18,7 @@ from hvdkit.launch.hosts import Place
 from hvdkit.launch.mpirun import Host, Mpirun
 from hvdkit.launch.output import Display
 from hvdkit.launch.team import Team
+from hvdkit.transport.membership import secret_of_user
 from hvdkit.transport.stores import RendezvousServer
 
 _LOOPBACK = "127.0.0.1"
@@ -90,10 +91,11 @@ def start_over_tcp(launch: Launch, display: Display) -> tuple[int, str | None]:
 
     Raises:
         ArgumentError: the hosts have too few slots.
+        ConfigError: HVDKIT_SECRET, which is the job's if it is set, does not parse.
         LauncherError: a host cannot take part; nothing was started.
     """
     places = hosts.place(launch.hosts or (("localhost", launch.size),), launch.size)
-    secret = secrets.token_bytes(32)
+    secret = secret_of_user({**os.environ, **launch.settings}) or secrets.token_bytes(32)
     here = all(hosts.is_here(place.host) for place in places)
     addresses = [_LOOPBACK] if here else hosts.own_addresses(launch.interfaces)
     if not addresses:

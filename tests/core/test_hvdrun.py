@@ -167,6 +167,18 @@ def test_the_transport_variable_is_followed(monkeypatch, capsys):
     ]
 
 
+def test_the_secret_that_a_user_has_set(monkeypatch):
+    show = "import os; print(os.environ['HVDKIT_SECRET'])"
+    program = ["-np", "1", "--tcp", sys.executable, "-c", show]
+    code = "import sys; from hvdkit.cli.hvdrun import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *program]
+    for secret, status, said in (("ab" * 32, 0, "[0] " + "ab" * 32), ("short", 2, "")):
+        monkeypatch.setenv("HVDKIT_SECRET", secret)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stdout.strip()) == (status, said)
+    assert done.stderr.startswith("hvdrun: HVDKIT_SECRET: expected 32 hexadecimal digits or more")
+
+
 def test_output_files_that_cannot_be_written(tmp_path):
     file = tmp_path / "plain"
     file.write_text("")
@@ -241,6 +253,17 @@ def test_a_configuration_file_fills_in_what_the_command_line_leaves_out(tmp_path
     assert told["HVDKIT_TIMELINE"] == "t.json"
     assert told["HVDKIT_LOG_LEVEL"] == "INFO"
     assert [line.split()[0] for line in hvdrun_options.without_effect(args)] == ["--cycle-time-ms"]
+
+
+@pytest.mark.usefixtures("yaml")
+@pytest.mark.parametrize("name", ["num-proc", "num_proc", "np"])
+def test_a_configuration_file_may_be_written_as_the_options_are(tmp_path, name):
+    sections = {name: 2, "stall-check": {"enabled": False, "warning-time-seconds": 9}}
+    args = read_config(tmp_path, sections, "python")
+    assert args.num_proc == 2
+    told = hvdrun_options.settings(args)
+    assert told["HVDKIT_STALL_CHECK_DISABLE"] == "1"
+    assert told["HVDKIT_STALL_CHECK_TIME_SECONDS"] == "9"
 
 
 @pytest.mark.usefixtures("yaml")

@@ -119,5 +119,7 @@ def test_hosts_that_are_none(text):
 def test_a_hostfile_that_is_none():
     with pytest.raises(ArgumentError, match="expected host1 slots=2"):
         mpirun.parse_hostfile(["here:2"])
+    with pytest.raises(ArgumentError, match=r"^my/hosts, line 3: 'there slots=two' names no host"):
+        mpirun.parse_hostfile(["# mine", "here slots=2", "there slots=two"], "my/hosts")
     with pytest.raises(ArgumentError, match="names no host"):
         mpirun.parse_hostfile(["# nobody"])

@@ -204,3 +204,14 @@ def test_stop_frees_the_port():
         port = server.port
     with RendezvousServer(None, "127.0.0.1", port=port) as server:
         assert server.port == port
+
+
+def test_the_port_of_a_job_that_has_just_ended_is_free():
+    with RendezvousServer(None, "127.0.0.1") as first:
+        client = socket.create_connection(("127.0.0.1", first.port))
+        client.sendall(b"GET /job HTTP/1.0\r\n\r\n")
+        while client.recv(4096):  # the server has closed first, and its end lingers
+            pass
+        client.close()
+    with RendezvousServer(None, "127.0.0.1", port=first.port) as second:
+        assert second.port == first.port
