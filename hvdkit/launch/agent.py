@@ -255,6 +255,9 @@ def find_missing(task: dict[str, Any], environment: dict[str, str]) -> str | Non
     """Return what a host lacks to do its task; None: nothing."""
     program = task["command"][0]
     if shutil.which(program, path=environment.get("PATH")) is None:
+        if os.path.isfile(program):  # noqa: PTH113
+            how = f"write  python {program}" if program.endswith(".py") else "see chmod +x"
+            return f"{program!r} is a file, but no program that can be executed; {how}"
         return f"there is no program {program!r} (PATH={environment.get('PATH', '')})"
     gone = next((file for file in task["files"] if not os.path.exists(file)), None)  # noqa: PTH110
     if gone is not None:

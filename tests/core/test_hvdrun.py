@@ -179,6 +179,14 @@ def test_the_secret_that_a_user_has_set(monkeypatch):
     assert done.stderr.startswith("hvdrun: HVDKIT_SECRET: expected 32 hexadecimal digits or more")
 
 
+def test_a_file_that_is_no_program(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, hint in (("mean.py", "write  python mean.py"), ("mean", "see chmod +x")):
+        (tmp_path / name).write_text("")
+        said = agent.find_missing({"command": [name], "files": []}, dict(os.environ))
+        assert said == f"{name!r} is a file, but no program that can be executed; {hint}"
+
+
 def test_output_files_that_cannot_be_written(tmp_path):
     file = tmp_path / "plain"
     file.write_text("")

@@ -278,7 +278,7 @@ def test_a_launcher_that_is_ended_takes_its_ranks_along(tmp_path, directories, n
         ({"use_gloo": True, "use_mpi": True}, hvd.ArgumentError, "exclude each other"),
         ({"use_tcp": True, "mpi_args": "-v"}, hvd.ArgumentError, "exclude each other"),
         ({"nump": 2}, TypeError, "unexpected keyword argument 'nump'"),
-        ({"np": 0}, hvd.ArgumentError, "1 or more, not 0"),
+        ({"np": 0}, hvd.ArgumentError, "^np must be a whole number, 1 or more, not 0"),
         ({"np": 2.0}, hvd.ArgumentError, "a whole number"),
         ({"np": 2, "num_proc": 3}, hvd.ArgumentError, "give one"),
         ({"hosts": "a:1", "hostfile": "b"}, hvd.ArgumentError, "give one"),
@@ -288,6 +288,11 @@ def test_a_launcher_that_is_ended_takes_its_ranks_along(tmp_path, directories, n
 def test_arguments_that_are_refused(arguments, error, text):
     with pytest.raises(error, match=text):
         run(surroundings, **arguments)
+
+
+def test_what_is_no_function():
+    with pytest.raises(hvd.ArgumentError, match=r"func must be a function .* not 3"):
+        run(3, np=2)
 
 
 def test_a_start_timeout_that_does_not_parse(monkeypatch):
