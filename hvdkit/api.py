@@ -52,7 +52,7 @@ def init(comm: Any = None, process_sets: Sequence[ProcessSet] | str | None = Non
     if _context.group.size > 1:
         _last_words = LastWords(_context)
         _last_words.install()
-    atexit.register(_leave)
+    atexit.register(_leave, os.getpid())
 
 
 def shutdown() -> None:
@@ -68,8 +68,13 @@ def shutdown() -> None:
     leaving.close()
 
 
-def _leave() -> None:
-    """Leave the job when the interpreter ends; or end it, if this rank has failed."""
+def _leave(process: int) -> None:
+    """Leave the job when the interpreter ends; or end it, if this rank has failed.
+
+    A process that was forked from this one is no rank, and has nothing to leave.
+    """
+    if os.getpid() != process:
+        return
     if _last_words is not None:
         _last_words.at_exit()
     shutdown()
