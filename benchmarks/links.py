@@ -5,7 +5,8 @@
 
 Over "tcp" hvdkit's messages do without MPI, which only the library's own all-reduce uses then; both
 take turns all the same.  "sent as ..." are gradients of float32 that travel so, compression and
-all.  See measuring.py for the method.
+all.  In the end alpha, beta and gamma are fitted to other messages on the same link, and each
+algorithm's time is predicted by them.  See measuring.py for the method.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from allreduce import WAYS, can_be_had, mpi_library, ours
 from measuring import Candidate, Prepared
 from mpi4py import MPI
 from options import Choice
-from records import Result
+from records import PREDICTION, Result
 from roofs import roofs
 from tables import human_size, human_time
 
@@ -33,7 +34,12 @@ from hvdkit.engine.bucketing import Gradient
 from hvdkit.engine.compression.base import Compressor, NoCompression
 from hvdkit.engine.compression.casts import Cast
 from hvdkit.engine.compression.int8 import Int8
+from hvdkit.schedules.registry import ALGORITHMS
 from hvdkit.transport.stores import RendezvousServer
+from hvdkit.tuner.bench import Bench
+from hvdkit.tuner.levels import measure_levels
+from hvdkit.tuning.estimates import Estimates
+from hvdkit.tuning.record import Tuning
 
 #: Bytes above which an algorithm is never the one to take, and slow to measure.
 LARGEST = {"gathered": 65_536, "recursive_doubling": 65_536, "tree": 524_288}
@@ -77,7 +83,7 @@ def main() -> None:
         results += measuring.measure(args.title, nbytes, everyone, turns=args.turns)
     if hvd.rank() == 0:
         show(results)
-    measuring.keep("hosts", results, args.out)
+    measuring.keep("hosts", with_predictions(results, turns=args.turns), args.out)
     sys.exit(any(result.wrong for result in results))
 
 
@@ -95,6 +101,23 @@ def meet_over_tcp(comm: MPI.Comm) -> None:
         HVDKIT_RENDEZVOUS_ADDR=comm.bcast(os.uname().nodename),
         HVDKIT_RENDEZVOUS_PORT=str(comm.bcast(server and server.port)),
     )
+
+
+def with_predictions(results: list[Result], *, turns: int) -> list[Result]:
+    """Return the results with the model's seconds of each algorithm as a note.  Collective."""
+    levels, _ = measure_levels(Bench(context(), lambda _label: None, turns=turns))
+    usual = context().group.estimates
+    tuning = Tuning(world=context().describe_world(), levels=levels)
+    estimates = Estimates(tuning, hvd.size(), usual.per_node, usual_segment=usual.usual_segment)
+    known = {"gathered", "hierarchical", *ALGORITHMS["allreduce"]}
+
+    def noted(result: Result) -> Result:
+        if result.name not in known:
+            return result
+        seconds = estimates.modelled("allreduce", result.name, result.nbytes)
+        return replace(result, notes={PREDICTION: seconds})
+
+    return [noted(result) for result in results]
 
 
 def show(results: list[Result]) -> None:

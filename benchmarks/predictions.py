@@ -6,13 +6,15 @@ as many ranks.  What they say is held against these: the report shows by how muc
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
-from plots import PREDICTED, Series
-from records import Result, Run, plain_name
+from plots import PREDICTED, Series, times_of
+from records import PREDICTION, Result, Run, plain_name
 from tables import by_measurement, human_size, sizes_of
 
 from hvdkit.schedules.cost import log2_ceil
@@ -25,6 +27,9 @@ from hvdkit.tuning.file import default_path
 
 #: What the model knows besides the schedules, by the name that a benchmark gives it.
 OTHERS = {"allreduce": {"shm": "shm", "gathered": "gathered"}}
+
+#: The logarithm of how many times as fast is clearly faster.
+CLEARLY = math.log(1.1)
 
 
 def tunings() -> tuple[Tuning, ...]:
@@ -52,6 +57,8 @@ def predicted(runs: Iterable[Run], known: Sequence[Tuning]) -> dict[tuple[str, i
     for run in runs:
         for some in by_measurement(run.results):
             what, estimates = some[0].what, estimates_of(some, known)
+            if any(PREDICTION in r.notes for r in some):
+                found[what, some[0].ranks] = noted(some)
             if what not in ALGORITHMS or estimates is None:
                 continue
             ways = {name: name for name in ALGORITHMS[what]} | OTHERS.get(what, {})
@@ -67,6 +74,49 @@ def predicted(runs: Iterable[Run], known: Sequence[Tuning]) -> dict[tuple[str, i
                 if name in ways
             ]
     return found
+
+
+def noted(results: Sequence[Result]) -> list[Series]:
+    """Return the curves that were predicted where the measurement was made."""
+    found = []
+    for name in dict.fromkeys(r.name for r in results if PREDICTION in r.notes):
+        rows = sorted((r for r in results if r.name == name), key=lambda r: r.nbytes)
+        columns = zip(*((r.nbytes, r.notes[PREDICTION]) for r in rows), strict=True)
+        found.append(Series(name, *columns, kind=PREDICTED))
+    return found
+
+
+def crossing(first: Series, second: Series) -> float | None:
+    """Return from which size on `second` is the faster one; None if it is not `first` at first.
+
+    Between two sizes by a straight line on logarithmic scales.  Where one is not clearly faster at
+    its end of the common sizes, there is nothing to cross.
+    """
+    sizes = sorted({*first.x} & {*second.x})
+    times = [dict(zip(s.x, s.y, strict=True)) for s in (first, second)]
+    ahead = [math.log(times[1][n] / times[0][n]) for n in sizes]  # above 0: `first` is faster
+    if len(sizes) < 2 or ahead[0] < CLEARLY or ahead[-1] > -CLEARLY:
+        return None
+    place = next(i for i, lead in enumerate(ahead) if lead <= 0)
+    share = ahead[place - 1] / (ahead[place - 1] - ahead[place])
+    return float(sizes[place - 1] * (sizes[place] / sizes[place - 1]) ** share)
+
+
+def crossings_of(results: Sequence[Result]) -> list[list[str]]:
+    """Return a row for each pair of algorithms of which one is faster short and one long.
+
+    Where that is by the measurement, and where by the model.
+    """
+    curves = {s.name: s for s in noted(results)}
+    measured = {s.name: s for s in times_of(results, lambda r: r.nbytes)}
+    rows = []
+    for short, long in permutations(curves, 2):
+        found = crossing(measured[short], measured[long]), crossing(curves[short], curves[long])
+        if any(found):
+            cells = ["never" if n is None else human_size(round(n)) for n in found]
+            times = f"{found[1] / found[0]:.2g}" if all(found) else ""
+            rows.append([short, long, *cells, times])
+    return rows
 
 
 def simulated_seconds(estimates: Estimates, what: str, name: str, nbytes: int) -> float:

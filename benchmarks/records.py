@@ -28,6 +28,10 @@ FORMAT = "hvdkit benchmark 1"
 OURS, PEER, ROOF = "ours", "peer", "roof"
 
 
+#: The note that has the seconds by the cost model, fitted where the measurement was made.
+PREDICTION = "predicted, s"
+
+
 class ReportError(HvdkitError):
     """A file is not what the benchmarks saved."""
 

@@ -43,11 +43,12 @@ TITLES = {
     "pipeline": "Pipelines",
 }
 
-#: The plots that the README shows: benchmark, measurement, ranks, name of the file.
+#: The plots that the README and the docs show: benchmark, measurement, ranks, name of the file.
 README_PLOTS = (
     ("allreduce", "allreduce", 2, "allreduce-2-ranks"),
     ("allreduce", "allreduce", 4, "allreduce-4-ranks"),
     ("bucketing", "gradients of ResNet-50, width 0.5", 2, "bucketing-2-ranks"),
+    ("hosts", "allreduce, 2 x 2 ranks, 1 Gbit/s, over MPI", 4, "hosts-2-x-2-ranks"),
 )
 
 
@@ -106,6 +107,10 @@ def part_of(results: Sequence[Result], predicted: Sequence[Series] = ()) -> Part
     tables = [all_figures(results, folded=len(sizes_of(results)) > 1)]
     if len(sizes_of(results)) > 1:
         tables.insert(0, fastest(results))
+    crossings = predictions.crossings_of(results)
+    if crossings:
+        head = ["faster short", "faster long", "from, measured", "from, predicted", "over measured"]
+        tables.insert(-1, Table(head, crossings))
     title = title_of(results[0])
     return Part(title, svg=Markup(as_svg(plot_of(results, predicted), title)), tables=tables)
 
@@ -234,7 +239,9 @@ def save_readme_images(runs: Sequence[Run], folder: Path) -> list[str]:
         found = [r for run in runs if run.benchmark == benchmark for r in run.results]
         some = [r for r in found if (r.what, r.ranks) == (what, ranks)]
         if some:
-            save_png(plot_of(by_measurement(some)[0]), folder / f"{name}.png", dpi=90)
+            first = by_measurement(some)[0]
+            draw = plot_of(first, predictions.noted(first))
+            save_png(draw, folder / f"{name}.png", dpi=90)
         else:
             missing.append(f"{what} on {ranks} ranks")
     return missing

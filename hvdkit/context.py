@@ -422,7 +422,9 @@ class Context:
             )
 
     def _check_same_configuration(self) -> None:
+        """Refuse ranks that were told different things; of tuning files rank 0's is read."""
         mine = {name: str(value) for name, value in asdict(self.config).items()}
+        del mine["tuning_file"]
         calls = [
             Call("init", None, tuple(theirs.items()))
             for theirs in self._transport.allgather_object(mine)

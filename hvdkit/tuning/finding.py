@@ -28,13 +28,14 @@ def agree_on_tuning(
 
     Args:
         transport: among all ranks.
-        named: the file, as the user says; None: where it is written by itself, if it is there.
+        named: the file, as rank 0's user says; None: where it is written by itself, if it is there.
         describe: returns the world, as rank 0 sees it; collective.
         environ: rank 0's environment.
 
     Raises:
         ConfigError: on every rank, if the file cannot be read, or is no tuning file.
     """
+    named = transport.broadcast_object(named, 0)
     if named == NO_TUNING or transport.size == 1:
         return None
     world = describe()

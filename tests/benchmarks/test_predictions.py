@@ -6,7 +6,8 @@ import predictions
 import pytest
 import report
 from figures import made_run
-from records import Result, Run, plain_name
+from plots import Series
+from records import PREDICTION, Result, Run, plain_name
 
 from hvdkit.schedules.machine import Level
 from hvdkit.tuning.estimates import Estimates
@@ -82,3 +83,48 @@ def test_curves_of_what_was_tuned_alone():
         assert report.simulator([run], [other]) == []
     page = report.render([run], report.sections_of([run], curves))
     assert "ring, predicted" in page
+
+
+def curve(name, alpha, beta):
+    sizes = [4, 1000, 100_000, 10_000_000]
+    return Series(name, sizes, [alpha + n * beta for n in sizes])
+
+
+def test_a_crossing_is_where_the_lines_meet():
+    """1 us + n ns and 10 us + n/10 ns meet at 10,000 bytes; between sizes by a straight line."""
+    few, many = curve("few steps", 1e-6, 1e-9), curve("few bytes", 10e-6, 1e-10)
+    assert 7_000 < predictions.crossing(few, many) < 14_000
+    assert predictions.crossing(many, few) is None
+    assert predictions.crossing(few, few) is None, "neither is faster"
+    assert predictions.crossing(few, curve("slower", 2e-6, 2e-9)) is None
+
+
+def test_crossings_measured_and_predicted():
+    def results(name, alpha, beta, factor):
+        return [
+            Result(
+                "Open MPI 5",
+                3,
+                "allreduce, 3 x 1 ranks",
+                name,
+                n,
+                (factor * (alpha + n * beta),) * 9,
+                0,
+                notes={PREDICTION: alpha + n * beta},
+            )
+            for n in (4, 1000, 100_000, 10_000_000)
+        ]
+
+    some = results("gathered", 1e-6, 1e-9, 1.0) + results("ring", 10e-6, 1e-10, 1.0)
+    ((short, long, measured, predicted, times),) = predictions.crossings_of(some)
+    assert (short, long, times) == ("gathered", "ring", "1")
+    assert measured == predicted
+    some = results("gathered", 1e-6, 1e-9, 1.0) + results("ring", 10e-6, 1e-10, 100.0)
+    ((_, _, measured, predicted, times),) = predictions.crossings_of(some)
+    assert (measured, times) == ("never", "")
+    run = Run("hosts", "2026-11-21T12:00:00+0000", {}, {}, tuple(some))
+    curves = predictions.predicted([run], [])
+    assert {s.name for s in curves["allreduce, 3 x 1 ranks", 3]} == {"gathered", "ring"}
+    page = report.render([run], report.sections_of([run], curves))
+    assert "from, predicted" in page
+    assert predicted in page

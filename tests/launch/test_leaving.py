@@ -139,21 +139,31 @@ def test_who_waits_for_a_rank_that_has_left_gets_an_error(leaver):
             assert all(line.startswith("without PeerError: ") for line in without)
 
 
+ENDS_EARLY = """
+    begin()
+    handle = asynchronous("x") if rank == 2 else None
+    if rank == 1:
+        sys.exit({status})
+    synchronous() if rank == 0 else handle.wait()
+    say("went on")
+"""
+
+
 def test_a_rank_that_ends_early_ends_the_job_if_others_need_it():
     """And it is said which rank it was."""
-    script = """
-        begin()
-        handle = asynchronous("x") if rank == 2 else None
-        if rank == 1:
-            sys.exit(3)
-        synchronous() if rank == 0 else handle.wait()
-        say("went on")
-    """
-    for said, ended in jobs(script, "shared", "messages"):
+    for said, ended in jobs(ENDS_EARLY.format(status=0), "shared", "messages"):
         assert ended.status != 0
         assert said == []
         assert "cannot go on: allreduce" in ended.stderr, ended.stderr
         assert "rank 1 called shutdown(), or the program ended there" in ended.stderr
+        assert "Traceback" not in ended.stderr, ended.stderr
+
+
+def test_a_rank_that_ends_with_a_status_ends_the_job():
+    for said, ended in jobs(ENDS_EARLY.format(status=3), "shared", "messages"):
+        assert ended.status != 0
+        assert said == []
+        assert "hvdkit: rank 1 of 3 exits with status 3; ending the job" in ended.stderr
         assert "Traceback" not in ended.stderr, ended.stderr
 
 
