@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdkit.errors import ArgumentError
-from hvdkit.schedules.machine import Level
+from hvdkit.schedules.machine import USUAL, Level
 
 #: Standard errors on either side of an estimate, for 95 % of confidence.
 NORMAL_95 = 1.96
@@ -59,7 +59,7 @@ def fit(observations: Sequence[Observation], start: Level) -> Fit:
 
     Args:
         observations: more than three.
-        start: where to begin; each figure above 0.
+        start: where to begin; for a figure that is 0, with what is usual.
 
     Raises:
         ArgumentError: too few observations to say how far they can be trusted.
@@ -67,7 +67,9 @@ def fit(observations: Sequence[Observation], start: Level) -> Fit:
     if len(observations) < 4:
         raise ArgumentError(f"{len(observations)} observations are too few to fit three figures")
     measured = np.array([observation.seconds for observation in observations])
+    usual = np.array([USUAL.within.alpha, USUAL.within.beta, USUAL.within.gamma])
     scale = np.array([start.alpha, start.beta, start.gamma])
+    scale = np.where(scale > 0, scale, usual)
     figures = scale.copy()
     for _ in range(_FIRST_ROUNDS):
         slopes = _slopes(observations, figures, scale) / measured[:, None]

@@ -111,3 +111,12 @@ def test_candidates_take_turns_and_the_slowest_rank_counts():
     assert [name for name, timing in found.items() if timing.seconds > 1e-3] == ["a", "b"]
     turns = [part[0] for part in "".join(made).split("|") if part]
     assert turns == ["a", "a", "b", "b", *["a", "b"] * 4]  # warmed up, then in turns
+
+
+@pytest.mark.parametrize("start", [Level(2e-6, 1e-10, 0.0), Level(0.0, 0.0, 0.0)])
+def test_figures_that_another_fit_found_to_be_0_are_a_place_to_begin(start):
+    true = Level(2e-6, 1e-10, 5e-11)
+    found = fit(observed(true), start)
+    assert found.level.alpha == pytest.approx(true.alpha, rel=1e-2)
+    assert found.level.beta == pytest.approx(true.beta, rel=1e-2)
+    assert found.level.gamma == pytest.approx(true.gamma, rel=5e-2)
