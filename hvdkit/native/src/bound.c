@@ -2,10 +2,10 @@
  * then, too: at a few bytes, reading eight of them costs as much as the reduction. */
 #if defined(__linux__)
 #include "arena_object.h"
+#include "waiting.h"
 
 #include <string.h>
 #include <structmember.h>
-#include <time.h>
 
 enum { MOST_ARGUMENTS = 7 };
 
@@ -21,13 +21,6 @@ typedef struct {
     PyObject *arguments; /* of the other */
     unsigned long long calls, nanoseconds; /* of calls that ended well: statistics at no cost */
 } BoundObject;
-
-static uint64_t now(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
-}
 
 /* The result is in place: of a source apart from it, the root takes a copy first. */
 static PyObject *run_broadcast(ArenaObject *arena, PyObject *const *args, Py_ssize_t nargs)
@@ -72,13 +65,13 @@ static PyObject *call(PyObject *callable, PyObject *const *args, size_t nargs, P
     }
     if (hv_arg_count("bound collective", PyVectorcall_NARGS(nargs), 2))
         return NULL;
-    const uint64_t began = now();
+    const uint64_t began = hv_nanoseconds();
     PyObject *status =
         self->other ? run_other(self, args[0], args[1])
                     : hv_run_allreduce(self->arena, args[0], args[1], &self->recipe, self->signature);
     if (status) {
         self->calls++;
-        self->nanoseconds += now() - began;
+        self->nanoseconds += hv_nanoseconds() - began;
     }
     return status;
 }

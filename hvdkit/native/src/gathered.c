@@ -7,10 +7,10 @@
  *   compare signatures, and combine everybody's elements                                      [4]
  */
 #include "pyargs.h"
+#include "waiting.h"
 
 #include <string.h>
 #include <structmember.h>
-#include <time.h>
 
 /* What hvdkit.collectives.frames keeps in its `state`. */
 enum { LAST, CHANGES, TOLD, STATE };
@@ -28,13 +28,6 @@ typedef struct {
     int64_t last, changes;
     unsigned long long calls, nanoseconds; /* of calls that ended well */
 } GatheredObject;
-
-static uint64_t now(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
-}
 
 static PyObject *combine(GatheredObject *self, void *target, size_t count)
 {
@@ -81,7 +74,7 @@ static PyObject *run(GatheredObject *self, const Py_buffer *source, const Py_buf
 static PyObject *call(PyObject *callable, PyObject *const *args, size_t flags, PyObject *keywords)
 {
     GatheredObject *self = (GatheredObject *)callable;
-    const uint64_t began = now();
+    const uint64_t began = hv_nanoseconds();
     PyObject *status = NULL;
     if ((keywords && PyTuple_GET_SIZE(keywords)) ||
         hv_arg_count("gathered", PyVectorcall_NARGS(flags), 2))
@@ -101,7 +94,7 @@ static PyObject *call(PyObject *callable, PyObject *const *args, size_t flags, P
     }
     if (status && PyLong_AsLong(status) == 0) {
         self->calls++;
-        self->nanoseconds += now() - began;
+        self->nanoseconds += hv_nanoseconds() - began;
     }
     return status;
 }
