@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdkit.config import KIB
-from hvdkit.transport.base import Transport
+from hvdkit.transport.base import PreparedAllgather, Transport
+
+Prepare = Callable[[NDArray[np.int64]], PreparedAllgather]
 
 _INT = 8
 
@@ -48,28 +50,41 @@ class Frame:
     """The memory of all ranks' frames of one length, and how they are exchanged.
 
     Args:
-        transport: between the ranks.
-        length: of what comes after the signature, in integers.
+        rows: ``(size, 1 + length)``, each rank's signature and what comes after it.
+        rank: this one.
+        exchange: an all-gather of them.
         differ: what the frames do where signatures differ.
     """
 
     __slots__ = ("differ", "exchange", "length", "mine", "rows", "run", "signatures")
 
-    def __init__(self, transport: Transport, length: int, differ: Callable[[], None]) -> None:
-        self.length = length
-        self.rows = np.zeros((transport.size, 1 + length), np.int64)
-        self.mine = self.rows[transport.rank]
-        self.signatures = self.rows[:, 0]
-        self.exchange = transport.prepare_allgather(self.rows)
-        self.run = self.exchange.run
+    def __init__(
+        self,
+        rows: NDArray[np.int64],
+        rank: int,
+        exchange: PreparedAllgather,
+        differ: Callable[[], None],
+    ) -> None:
+        self.length = rows.shape[1] - 1
+        self.rows = rows
+        self.mine = rows[rank]
+        self.signatures = rows[:, 0]
+        self.exchange = exchange
+        self.run = exchange.run
         self.differ = differ
 
 
 class Frames:
-    """The frames of one group of ranks."""
+    """The frames of one group of ranks.
 
-    def __init__(self, transport: Transport) -> None:
+    Args:
+        transport: between them.
+        prepare: an all-gather of the frames, if not the transport's own.
+    """
+
+    def __init__(self, transport: Transport, prepare: Prepare | None = None) -> None:
         self._transport = transport
+        self._prepare = prepare
         size = transport.size
         self._usual = max(LEAST, min(FRAMES // size, MOST)) // _INT
         self._longest = LARGEST_FRAMES // size // _INT
@@ -101,7 +116,9 @@ class Frames:
         if frame is None:
             if len(self._kept) >= MOST_KEPT:
                 self.close()
-            frame = self._kept[length] = Frame(self._transport, length, self.differ)
+            rows = np.zeros((self._transport.size, 1 + length), np.int64)
+            exchange = (self._prepare or self._transport.prepare_allgather)(rows)
+            frame = self._kept[length] = Frame(rows, self._transport.rank, exchange, self.differ)
         return frame
 
     def agree(self, frame: Frame, signature: int, count: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from hvdkit.arrays import Results
 from hvdkit.collectives.calls import JOIN, JOINABLE, Call, joined_error, mismatch
 from hvdkit.collectives.executor import Executor
-from hvdkit.collectives.frames import TOLD, Frames
+from hvdkit.collectives.frames import TOLD, Frames, Prepare
 from hvdkit.collectives.pick import NO_HIERARCHY
 from hvdkit.collectives.program import Move, bounds_of, even_bounds, lay_out
 from hvdkit.dtypes import ReduceOp
@@ -102,10 +103,17 @@ class Group:
         self.recorder: Recorder | None = None
         self.doing: Any = None
         """The call under way, or the last one; an all-reduce's plan stands for its call."""
-        self.frames = Frames(transport)
+        self.frames = Frames(transport, self._prepare_frames())
         self._failure: HorovodInternalError | None = None
         self._plans: dict[Any, Any] = {}
         self._retired: list[tuple[str, str, str, int, int, float]] = []
+
+    def _prepare_frames(self) -> Prepare | None:
+        """Return how frames are exchanged where nodes have several ranks; None: plainly."""
+        hierarchy = self.hierarchy
+        if hierarchy is None or hierarchy.layout.per_node == 1:
+            return None
+        return partial(hierarchy.prepare_allgather, self)
 
     def adopt(self, estimates: Estimates) -> None:
         """Choose by `estimates`, of these ranks, from now on.  Local, and alike on all ranks."""
@@ -149,10 +157,12 @@ class Group:
         """
         if self.arena is not None:
             self.arena.close()
-        if self.hierarchy is not None:
-            self.hierarchy.close(in_step=in_step and self._failure is None)
-        if in_step and self._failure is None and not self.executor.backoff.abandoned:
+        in_step = in_step and self._failure is None and not self.executor.backoff.abandoned
+        if in_step:
             self.frames.close()
+        if self.hierarchy is not None:
+            self.hierarchy.close(in_step=in_step)
+        if in_step:
             self.transport.close()
 
     def record(

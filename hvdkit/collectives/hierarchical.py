@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from hvdkit.collectives.gathered import bind_gathered
 from hvdkit.collectives.group import Group
+from hvdkit.collectives.nodewise import NodewiseAllgather
 from hvdkit.collectives.pick import pick_across
 from hvdkit.collectives.program import even_bounds
 from hvdkit.collectives.reduction import Reduction
@@ -36,7 +37,7 @@ from hvdkit.dtypes import exported
 from hvdkit.errors import HorovodInternalError
 from hvdkit.native import Kernels
 from hvdkit.transport.arena import Arena
-from hvdkit.transport.base import JobTransport, Transport
+from hvdkit.transport.base import JobTransport, PreparedAllgather, Transport
 from hvdkit.tuning.estimates import Estimates
 
 #: Why a group on one node has none.
@@ -199,6 +200,18 @@ class Hierarchy:
         arguments = (exported(shard), exported(target), nbytes, plan.call.signature)
         differs = group.arena_call(self.arena.native.allgather, *arguments)
         assert not differs, "the ranks have agreed on the call"
+
+    def prepare_allgather(self, group: Group, rows: NDArray[np.int64]) -> PreparedAllgather:
+        """Return an all-gather of small `rows`, each rank's in its place, by way of the nodes."""
+        leads = self.cross if self._local_rank == 0 else None
+        return NodewiseAllgather(
+            self.layout.nodes,
+            group.rank,
+            rows,
+            arena=self.arena,
+            arena_call=group.arena_call,
+            leaders=None if leads is None else leads.transport,
+        )
 
     def abort(self, error: HorovodInternalError) -> None:
         """End whatever waits here, now and later, with `error`.  From any thread."""

@@ -25,6 +25,7 @@ def arena_bytes(size: int, slot_bytes: int, /) -> int: ...
 def swap(
     handles: tuple[int, ...],
     places: tuple[int, ...],
+    here: tuple[bool, ...],
     header: _Buffer,
     rows: _Buffer,
     rank: int,
@@ -34,6 +35,7 @@ def swap(
 ) -> list[tuple[int, bytes, bytes]] | None:
     """Send `header` and row `rank` of `rows` over sockets, and receive the rows of `places`.
 
+    Those that are `here` are not received.
     Looks `looks` times, then yields the core for a while; ends when something else comes.
 
     Returns:

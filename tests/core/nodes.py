@@ -1,6 +1,7 @@
 """Ranks that are threads of this process, said to be on several nodes, each with an arena.
 
-on_nodes((2, 3), body)      ranks 0 and 1 on one node, 2 to 4 on another
+on_nodes((2, 3), body)                 ranks 0 and 1 on one node, 2 to 4 on another
+on_nodes(((0, 2), (1, 3, 4)), body)    ranks in turns
 """
 
 from __future__ import annotations
@@ -22,12 +23,20 @@ SLOT_BYTES = 4096
 SECONDS = 60.0
 
 
+#: Of each node how many ranks it has, or which.
+Nodes = Sequence[int | Sequence[int]]
+
+
 class Cluster:
     """The worlds of all ranks together and of each part of them; one that fails fails them all."""
 
-    def __init__(self, nodes: Sequence[int]) -> None:
-        ends = [0, *accumulate(nodes)]
-        self.nodes = [tuple(range(ends[i], ends[i + 1])) for i in range(len(nodes))]
+    def __init__(self, nodes: Nodes) -> None:
+        sizes = [node if isinstance(node, int) else len(node) for node in nodes]
+        ends = [0, *accumulate(sizes)]
+        self.nodes = [
+            tuple(range(ends[i], ends[i + 1]) if isinstance(node, int) else node)
+            for i, node in enumerate(nodes)
+        ]
         self.everyone = ThreadWorld(ends[-1])
         self._parts: dict[tuple[str, tuple[int, ...]], ThreadWorld] = {}
         self._lock = threading.Lock()
@@ -83,7 +92,7 @@ def open_nodes(
 
 
 def on_nodes(
-    nodes: Sequence[int],
+    nodes: Nodes,
     body: Callable[[Group], Any],
     *,
     kernels: Kernels | None = None,

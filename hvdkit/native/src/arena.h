@@ -68,6 +68,7 @@ typedef struct {
     uint32_t round; /* the last round begun */
     uint64_t operations; /* begun so far, refused ones included: equal on ranks in the same one */
     uint32_t spin_iterations;
+    int yields; /* before sleeping */
     double stepped_aside; /* when this rank last left a core to a peer, in seconds */
     int (*interrupted)(void *context); /* polled on slow waits; nonzero gives up */
     void *context;

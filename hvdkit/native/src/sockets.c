@@ -95,37 +95,42 @@ static PyObject *state_of(const peer *peers, int count)
     return all;
 }
 
-static int fill(peer *peers, PyObject *handles, PyObject *places, const Py_buffer *rows, size_t size)
+static int fill(peer *peers, PyObject *const tuples[3], const Py_buffer *rows, size_t size)
 {
+    PyObject *handles = tuples[0], *places = tuples[1], *here = tuples[2];
+    const size_t bytes = (size_t)rows->len / size;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(handles); i++) {
         const long fd = PyLong_AsLong(PyTuple_GET_ITEM(handles, i));
         const size_t place = PyLong_AsSize_t(PyTuple_GET_ITEM(places, i));
+        const int received = PyObject_IsTrue(PyTuple_GET_ITEM(here, i));
         if (PyErr_Occurred())
             return -1;
         if (place >= size) {
             PyErr_Format(PyExc_ValueError, "there is no row %zu", place);
             return -1;
         }
-        peers[i] = (peer){ .fd = (int)fd, .row = (char *)rows->buf + place * (rows->len / size) };
+        peers[i] = (peer){ .fd = (int)fd, .row = (char *)rows->buf + place * bytes };
+        peers[i].got = received ? HEADER + bytes : 0;
     }
     return 0;
 }
 
 PyObject *hv_py_swap(PyObject *Py_UNUSED(module), PyObject *args)
 {
-    PyObject *handles, *places, *result = NULL;
+    PyObject *tuples[3], *result = NULL;
     Py_buffer header, rows;
     Py_ssize_t rank, size;
     long looks;
     peer peers[MOST_PEERS];
-    if (!PyArg_ParseTuple(args, "O!O!y*w*nnl", &PyTuple_Type, &handles, &PyTuple_Type, &places,
-                          &header, &rows, &rank, &size, &looks))
+    if (!PyArg_ParseTuple(args, "O!O!O!y*w*nnl", &PyTuple_Type, &tuples[0], &PyTuple_Type,
+                          &tuples[1], &PyTuple_Type, &tuples[2], &header, &rows, &rank, &size,
+                          &looks))
         return NULL;
-    const Py_ssize_t count = PyTuple_GET_SIZE(handles);
-    if (header.len != HEADER || count > MOST_PEERS || count != PyTuple_GET_SIZE(places) ||
-        size < 1 || rank < 0 || rank >= size || rows.len % size)
+    const Py_ssize_t count = PyTuple_GET_SIZE(tuples[0]);
+    if (header.len != HEADER || count > MOST_PEERS || count != PyTuple_GET_SIZE(tuples[1]) ||
+        count != PyTuple_GET_SIZE(tuples[2]) || size < 1 || rank < 0 || rank >= size || rows.len % size)
         PyErr_SetString(PyExc_ValueError, "these are no rows to swap");
-    else if (!fill(peers, handles, places, &rows, (size_t)size)) {
+    else if (!fill(peers, tuples, &rows, (size_t)size)) {
         const size_t bytes = (size_t)(rows.len / size);
         int done;
         Py_BEGIN_ALLOW_THREADS

@@ -106,33 +106,37 @@ class Mesh:
         """Exchange rows as far as can be now; return what of it is still to be waited for."""
         with self.lock:
             links = [self._links[peer] for peer in rows.peers]
-            quick = (
-                all(link.between and link.peer not in self._left for link in links)
-                and not (self.closed or self._failure)
-                and self._matching.is_empty(rows.channel)
-            )
+            quick = all(link.between and link.peer not in self._left for link in links)
+            here = None
+            if quick and not (self.closed or self._failure):
+                here = self._matching.collect(rows.channel, rows.peers, rows.theirs)
             left: list[Progress] | None = [NOTHING] * len(links)
-            if quick:
-                left = rows.now(tuple([link.sock.fileno() for link in links]))
+            if here is not None:
+                left = rows.now(tuple([link.sock.fileno() for link in links]), tuple(here))
             if left is None:
                 return []
-            operations = []
-            for link, memory, progress in zip(links, rows.theirs, left, strict=True):
-                operations += self._go_on(link, rows, memory, progress)
-        return operations
+            here = here or [False] * len(links)
+            return [
+                operation
+                for number, link in enumerate(links)
+                for operation in self._go_on(
+                    link, rows, left[number], None if here[number] else rows.theirs[number]
+                )
+            ]
 
     def _go_on(
-        self, link: Link, rows: Swap, memory: memoryview, progress: Progress
+        self, link: Link, rows: Swap, progress: Progress, memory: memoryview | None
     ) -> list[Operation]:
-        """Let a message each way go on that has come so far."""
+        """Let a message go on that has gone so far, and one that comes into `memory`, if any."""
         sending, receiving = Operation(self, link.peer), Operation(self, link.peer)
         sent, header, row = progress
         views = rows.left(sent)
-        sending.done = not views
-        self._matching.post(receiving, rows.channel, memory)
+        sending.done, receiving.done = not views, memory is None
+        if memory is not None:
+            self._matching.post(receiving, rows.channel, memory)
         if self._why_not(link.peer) is None:
             try:
-                if link.take(header + row):
+                if memory is not None and link.take(header + row):
                     self._tell()
                 if views:
                     sending.done = link.go_on(views, sending)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -115,9 +115,26 @@ class Matching:
                 return source, inbox.arrived[0].nbytes
         return None
 
-    def is_empty(self, channel: int) -> bool:
-        """Return whether no message of a channel is waited for, and none waits."""
-        return channel not in self._inboxes and channel not in self._over
+    def collect(
+        self, channel: int, sources: Sequence[int], memories: Sequence[memoryview]
+    ) -> list[bool] | None:
+        """Receive what has arrived from each of `sources`; return from which.
+
+        None, with nothing received, if a receive waits already, or anything else has arrived.
+        """
+        inboxes = self._inboxes.get(channel, {})
+        if channel in self._over or any(inbox.posted for inbox in inboxes.values()):
+            return None
+        arrived = [inboxes[source].arrived[0] if source in inboxes else None for source in sources]
+        for arrival, memory in zip(arrived, memories, strict=True):
+            if arrival is not None and not arrival.nbytes == arrival.filled == len(memory):
+                return None
+        for source, arrival, memory in zip(sources, arrived, memories, strict=True):
+            if arrival is not None:
+                memory[:] = arrival.memory
+                inboxes[source].arrived.popleft()
+                self._tidy(channel, source, inboxes[source])
+        return [arrival is not None for arrival in arrived]
 
     def take(self, channel: int, source: int) -> bytes | None:
         """Return the next message if all of it is there."""

@@ -64,11 +64,17 @@ class Swap:
         for operation in self._mesh.swap(self):
             self._backoff.wait(operation)
 
-    def now(self, handles: tuple[int, ...]) -> list[Progress] | None:
-        """Do as much as can be at once; return what has become of it, None if it is done."""
+    def now(self, handles: tuple[int, ...], here: tuple[bool, ...]) -> list[Progress] | None:
+        """Do as much as can be at once; return what has become of it, None if it is done.
+
+        Args:
+            handles: of the sockets.
+            here: whether a peer's row has been received already.
+        """
         looks = min(self._backoff.spin, LOOKS)
         size = len(self._rows)
-        return swap(handles, self._places, self._header, self._rows, self._rank, size, looks)
+        places = self._places
+        return swap(handles, places, here, self._header, self._rows, self._rank, size, looks)
 
     def left(self, sent: int) -> list[memoryview]:
         """Return what is still to be sent after `sent` bytes."""

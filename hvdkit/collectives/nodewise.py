@@ -1,0 +1,106 @@
+"""The all-gather of small rows over several nodes: one rank of each crosses, for all of its node.
+
+A node's ranks share memory, where a row costs next to nothing; a message to another node costs the
+same whether it has one rank's row or those of all::
+
+                 node 0           node 1
+    rank         0      1         2      3
+    [1]          ab     ab        cd     cd       all-gather in each node's arena
+    [2]         abcd <--------> abcd              all-gather among the nodes' first ranks
+    [3]         abcd   abcd      abcd   abcd      broadcast in each node's arena
+
+So m nodes need m(m-1) messages, however many ranks they have, and the ranks that do not cross leave
+the cores to those that do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvdkit.transport.arena import Arena
+from hvdkit.transport.base import PreparedAllgather, Transport
+
+#: Of these operations of the arena; any number would do.
+_SIGNATURE = 0x6E6F646577697365
+
+
+class NodewiseAllgather:
+    """An all-gather of `rows`, prepared; fulfils `PreparedAllgather`.
+
+    Args:
+        nodes: the ranks of each node, ascending.
+        rank: this one.
+        rows: ``(size, length)``, each rank's in its place.
+        arena: of this node; None if this rank has it to itself.
+        arena_call: makes a call of it, and translates its error.
+        leaders: messages among the first ranks of the nodes; None if this is none of them.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[Sequence[int]],
+        rank: int,
+        rows: NDArray[np.int64],
+        *,
+        arena: Arena | None,
+        arena_call: Callable[..., Any],
+        leaders: Transport | None,
+    ) -> None:
+        size, length = rows.shape
+        fullest = max(map(len, nodes))
+        places = [rank for node in nodes for rank in node]
+        self._rows, self._mine = rows, rows[rank]
+        self._in_place = places == list(range(fullest * len(nodes)))
+        """Whether what the nodes send each other are the rows as they are."""
+        everything = rows if self._in_place else np.zeros((fullest * len(nodes), length), np.int64)
+        number = next(i for i, node in enumerate(nodes) if rank in node)
+        first = fullest * number
+        self._everything = everything
+        self._node = everything[first : first + len(nodes[number])]
+        self._own = self._node[nodes[number].index(rank)]
+        self._order = np.zeros(size, np.int64)
+        for i, node in enumerate(nodes):
+            self._order[list(node)] = fullest * i + np.arange(len(node))
+        self._bytes = tuple([self._own.nbytes] * len(self._node))
+        self._arena = arena
+        self._arena_call = arena_call
+        self._across: PreparedAllgather | None = None
+        if leaders is not None:
+            self._across = leaders.prepare_allgather(everything.reshape(len(nodes), -1))
+
+    def run(self) -> None:
+        """Receive every other rank's row into its own, and send them this rank's.  Collective.
+
+        Raises:
+            PeerError: a rank died.  An error across nodes ends the waits of this node's ranks, too.
+        """
+        if not self._in_place:
+            self._own[:] = self._mine
+        self._gather()
+        if self._across is not None:
+            try:
+                self._across.run()
+            except BaseException:
+                if self._arena is not None:
+                    self._arena.native.abort()
+                raise
+        self._spread()
+        if not self._in_place:
+            np.take(self._everything, self._order, axis=0, out=self._rows)
+
+    def _gather(self) -> None:
+        if self._arena is not None:
+            arguments = (self._own, self._node, self._bytes, _SIGNATURE)
+            self._arena_call(self._arena.native.allgather, *arguments)
+
+    def _spread(self) -> None:
+        if self._arena is not None:
+            self._arena_call(self._arena.native.broadcast, self._everything, 0, _SIGNATURE)
+
+    def free(self) -> None:
+        if self._across is not None:
+            self._across.free()
