@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdkit.config import KIB
-from hvdkit.transport.base import PreparedAllgather, Transport
+from hvdkit.transport.base import Prepared, Transport
 
-Prepare = Callable[[NDArray[np.int64]], PreparedAllgather]
+Prepare = Callable[[NDArray[np.int64]], Prepared]
 
 _INT = 8
 
@@ -62,7 +62,7 @@ class Frame:
         self,
         rows: NDArray[np.int64],
         rank: int,
-        exchange: PreparedAllgather,
+        exchange: Prepared,
         differ: Callable[[], None],
     ) -> None:
         self.length = rows.shape[1] - 1

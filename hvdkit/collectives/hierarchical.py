@@ -37,7 +37,7 @@ from hvdkit.dtypes import exported
 from hvdkit.errors import HorovodInternalError
 from hvdkit.native import Kernels
 from hvdkit.transport.arena import Arena
-from hvdkit.transport.base import JobTransport, PreparedAllgather, Transport
+from hvdkit.transport.base import JobTransport, Prepared, Transport
 from hvdkit.tuning.estimates import Estimates
 
 #: Why a group on one node has none.
@@ -201,7 +201,7 @@ class Hierarchy:
         differs = group.arena_call(self.arena.native.allgather, *arguments)
         assert not differs, "the ranks have agreed on the call"
 
-    def prepare_allgather(self, group: Group, rows: NDArray[np.int64]) -> PreparedAllgather:
+    def prepare_allgather(self, group: Group, rows: NDArray[np.int64]) -> Prepared:
         """Return an all-gather of small `rows`, each rank's in its place, by way of the nodes."""
         leads = self.cross if self._local_rank == 0 else None
         return NodewiseAllgather(

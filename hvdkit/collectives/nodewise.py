@@ -22,14 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdkit.transport.arena import Arena
-from hvdkit.transport.base import PreparedAllgather, Transport
+from hvdkit.transport.base import Prepared, Transport
 
 #: Of these operations of the arena; any number would do.
 _SIGNATURE = 0x6E6F646577697365
 
 
 class NodewiseAllgather:
-    """An all-gather of `rows`, prepared; fulfils `PreparedAllgather`.
+    """An all-gather of `rows`, prepared; fulfils `Prepared`.
 
     Args:
         nodes: the ranks of each node, ascending.
@@ -68,7 +68,7 @@ class NodewiseAllgather:
         self._bytes = tuple([self._own.nbytes] * len(self._node))
         self._arena = arena
         self._arena_call = arena_call
-        self._across: PreparedAllgather | None = None
+        self._across: Prepared | None = None
         if leaders is not None:
             self._across = leaders.prepare_allgather(everything.reshape(len(nodes), -1))
 

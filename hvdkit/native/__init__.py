@@ -71,11 +71,11 @@ def persistent(*messages: Any) -> Any:
     return _native.Persistent(*messages)
 
 
-def swap(handles: tuple[int, ...], *rows: Any) -> list[tuple[int, bytes, bytes]] | None:
-    """Exchange rows over sockets as far as can be at once; needs the module."""
+def swap(handles: tuple[int, ...], *messages: Any) -> list[tuple[int, bytes, bytes]] | None:
+    """Exchange messages over sockets as far as can be at once; needs the module."""
     from hvdkit.native import _native
 
-    return _native.swap(handles, *rows)
+    return _native.swap(handles, *messages)
 
 
 class NoShortWay:

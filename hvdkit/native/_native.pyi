@@ -24,23 +24,28 @@ def select_variant(name: str, /) -> None: ...
 def arena_bytes(size: int, slot_bytes: int, /) -> int: ...
 def swap(
     handles: tuple[int, ...],
-    places: tuple[int, ...],
     here: tuple[bool, ...],
-    header: _Buffer,
-    rows: _Buffer,
-    rank: int,
-    size: int,
+    headers: _Buffer,
+    places: _Buffer,
+    memory: _Buffer,
     looks: int,
     /,
 ) -> list[tuple[int, bytes, bytes]] | None:
-    """Send `header` and row `rank` of `rows` over sockets, and receive the rows of `places`.
+    """Send and receive at most a message each over sockets.
 
-    Those that are `here` are not received.
     Looks `looks` times, then yields the core for a while; ends when something else comes.
+
+    Args:
+        handles: of the sockets.
+        here: whether what would be received has been.
+        headers: of each, 16 bytes to send and 16 that are expected.
+        places: of each, four int64: offset in the memory and length of what is sent, and of what is
+            received; a length of -1 stands for no message.
+        memory: of the messages without their headers.
 
     Returns:
         None if all is done; else for each socket how many bytes have gone, and of what has come the
-        first 16 and the others, which may not be the row.
+        first 16 and the others, which may not be what is expected.
     """
 
 class ArenaError(RuntimeError):

@@ -40,20 +40,69 @@ class Request(Protocol):
         ...
 
 
-class PreparedAllgather(Protocol):
-    """An all-gather of one piece of memory, to be made again and again."""
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The bytes `start` to `stop` of some memory, which go to a rank or come from it."""
+
+    rank: int
+    start: int
+    stop: int
+
+
+class Prepared(Protocol):
+    """Messages between one memory and others, set up to be exchanged again and again."""
 
     def run(self) -> None:
-        """Receive every other rank's row into its own, and send them this rank's.  Collective."""
+        """Exchange them; blocking.  Collective among those who have them."""
         ...
 
     def free(self) -> None:
-        """Let go of what the transport keeps for it.  Local."""
+        """Let go of what the transport keeps for them.  Local."""
         ...
 
 
+class GeneralExchange:
+    """A `Prepared` exchange of a transport that has nothing to prepare.
+
+    Args:
+        transport, memory, sends, receives, backoff: as `Transport.prepare_exchange` has them.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        memory: Bytes,
+        sends: Sequence[Part],
+        receives: Sequence[Part],
+        *,
+        backoff: Backoff,
+    ) -> None:
+        self._transport = transport
+        self._backoff = backoff
+        self._sends = [(memory[part.start : part.stop], part.rank) for part in sends]
+        self._receives = [(memory[part.start : part.stop], part.rank) for part in receives]
+
+    def run(self) -> None:
+        requests = [self._transport.irecv(*receive) for receive in self._receives]
+        requests += [self._transport.isend(*send) for send in self._sends]
+        for request in requests:
+            self._backoff.wait(request)
+
+    def free(self) -> None:
+        pass
+
+
+def exchanged_rows(rows: NDArray[np.int64], rank: int) -> tuple[Bytes, list[Part], list[Part]]:
+    """Return an all-gather of `rows` as an exchange: everyone's row goes to everyone else."""
+    width = rows.shape[1] * rows.itemsize
+    others = [peer for peer in range(len(rows)) if peer != rank]
+    sends = [Part(peer, rank * width, (rank + 1) * width) for peer in others]
+    receives = [Part(peer, peer * width, (peer + 1) * width) for peer in others]
+    return rows.reshape(-1).view(np.uint8), sends, receives
+
+
 class GeneralAllgather:
-    """A `PreparedAllgather` of a transport that has nothing to prepare."""
+    """A `Prepared` all-gather of a transport that has nothing to prepare."""
 
     def __init__(self, transport: Transport, rows: NDArray[np.int64]) -> None:
         self._transport = transport
@@ -84,10 +133,24 @@ class Transport(Protocol):
         """Return every rank's `values` (1-D, of one length on all ranks) as ``(size, length)``."""
         ...
 
-    def prepare_allgather(self, rows: NDArray[np.int64]) -> PreparedAllgather:
+    def prepare_allgather(self, rows: NDArray[np.int64]) -> Prepared:
         """Return an all-gather of `rows`, ``(size, length)``, each rank's in its place.  Local.
 
         Ranks run what they prepared of one length in one order.
+        """
+        ...
+
+    def prepare_exchange(
+        self, memory: Bytes, sends: Sequence[Part], receives: Sequence[Part], backoff: Backoff
+    ) -> Prepared:
+        """Return an exchange of parts of `memory` with other ranks.  Local.
+
+        Ranks run what they prepared with each other in one order, apart from all other messages.
+
+        Args:
+            memory: stays where it is.
+            sends, receives: at most one of each a rank; no receive overlaps another part.
+            backoff: how to wait.
         """
         ...
 

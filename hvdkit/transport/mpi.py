@@ -21,9 +21,11 @@ from hvdkit.transport.base import (
     Backoff,
     Bytes,
     GeneralAllgather,
-    PreparedAllgather,
+    Part,
+    Prepared,
     Request,
     Topology,
+    exchanged_rows,
 )
 from hvdkit.transport.device import DeviceArray, Memory
 
@@ -105,22 +107,34 @@ def world_size() -> int:
     return MPI.COMM_WORLD.Get_size()
 
 
-class _PersistentAllgather:
-    """An all-gather among few ranks of messages that were set up once.
+class _PersistentExchange:
+    """Messages that were set up once.
 
-    The library's own nonblocking one is scheduled anew each time, which takes it longer than a
-    small message; its blocking one could not be interrupted.
+    The library's own nonblocking collectives are scheduled anew each time, which takes them longer
+    than a small message; its blocking ones could not be interrupted.
+
+    Args:
+        comm: the communicator.
+        memory, sends, receives, backoff: as `Transport.prepare_exchange` has them.
     """
 
-    def __init__(self, comm: MPI.Intracomm, rows: NDArray[np.int64], backoff: Backoff) -> None:
-        mine, self._backoff = comm.Get_rank(), backoff
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        memory: Bytes,
+        sends: Sequence[Part],
+        receives: Sequence[Part],
+        *,
+        backoff: Backoff,
+    ) -> None:
+        self._backoff = backoff
         self._requests: list[MPI.Prequest] = []
-        for rank in range(comm.Get_size()):
-            if rank != mine:
-                for theirs in _pieces(rows[rank]):
-                    self._requests.append(comm.Recv_init(theirs, source=rank, tag=PREPARED_TAG))
-                for ours in _pieces(rows[mine]):
-                    self._requests.append(comm.Send_init(ours, dest=rank, tag=PREPARED_TAG))
+        for part in receives:
+            for theirs in _pieces(memory, part):
+                self._requests.append(comm.Recv_init(theirs, source=part.rank, tag=PREPARED_TAG))
+        for part in sends:
+            for ours in _pieces(memory, part):
+                self._requests.append(comm.Send_init(ours, dest=part.rank, tag=PREPARED_TAG))
         self.run = self._natively() or self._start_and_wait
 
     def _natively(self) -> Callable[[], None] | None:
@@ -157,11 +171,10 @@ class _PersistentAllgather:
         self._requests.clear()
 
 
-def _pieces(row: NDArray[np.int64]) -> Iterator[tuple[Bytes, MPI.Datatype]]:
-    """Return the messages in which a row travels."""
-    data = row.view(np.uint8)
-    for start in range(0, data.size, EAGER):
-        yield data[start : start + EAGER], MPI.BYTE
+def _pieces(memory: Bytes, part: Part) -> Iterator[tuple[Bytes, MPI.Datatype]]:
+    """Return the messages in which a part travels."""
+    for start in range(part.start, part.stop, EAGER):
+        yield memory[start : min(start + EAGER, part.stop)], MPI.BYTE
 
 
 class MPITransport:
@@ -258,10 +271,15 @@ class MPITransport:
         self.backoff.wait(self.comm.Iallgather(values, gathered))
         return gathered
 
-    def prepare_allgather(self, rows: NDArray[np.int64]) -> PreparedAllgather:
+    def prepare_allgather(self, rows: NDArray[np.int64]) -> Prepared:
         if self.size > FEW:
             return GeneralAllgather(self, rows)
-        return _PersistentAllgather(self.comm, rows, self.backoff)
+        return self.prepare_exchange(*exchanged_rows(rows, self.rank), self.backoff)
+
+    def prepare_exchange(
+        self, memory: Bytes, sends: Sequence[Part], receives: Sequence[Part], backoff: Backoff
+    ) -> Prepared:
+        return _PersistentExchange(self.comm, memory, sends, receives, backoff=backoff)
 
     def allgather_object(self, value: T) -> list[T]:
         mine = np.frombuffer(pickle.dumps(value), np.uint8)

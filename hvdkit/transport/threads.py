@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdkit.transport.base import Backoff, Bytes, GeneralAllgather, PreparedAllgather
+from hvdkit.transport.base import (
+    Backoff,
+    Bytes,
+    GeneralAllgather,
+    GeneralExchange,
+    Part,
+    Prepared,
+)
 
 T = TypeVar("T")
 
@@ -148,8 +155,13 @@ class ThreadTransport:
     def allgather_ints(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.stack(self.allgather_object(values.copy()))
 
-    def prepare_allgather(self, rows: NDArray[np.int64]) -> PreparedAllgather:
+    def prepare_allgather(self, rows: NDArray[np.int64]) -> Prepared:
         return GeneralAllgather(self, rows)
+
+    def prepare_exchange(
+        self, memory: Bytes, sends: Sequence[Part], receives: Sequence[Part], backoff: Backoff
+    ) -> Prepared:
+        return GeneralExchange(self, memory, sends, receives, backoff=backoff)
 
     def broadcast_object(self, value: Any, root: int) -> Any:
         return self.allgather_object(value)[root]

@@ -112,8 +112,11 @@ def test_ranks_that_disagree_all_learn_it_and_go_on():
 
 
 def test_an_error_across_ends_the_waits_of_the_node():
+    everyone = threading.Barrier(4)
+
     def body(group):
         assert (allreduce(group, np.ones(3)) == 4).all()
+        everyone.wait(30)
         if group.rank in (0, 2):
             group.hierarchy.cross.abort(HorovodInternalError("the link is down"))
         with pytest.raises(HorovodInternalError) as error:

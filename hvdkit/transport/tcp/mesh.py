@@ -102,41 +102,44 @@ class Mesh:
             self._matching.post(operation, channel, memory)
         return operation
 
-    def swap(self, rows: Swap) -> list[Operation]:
-        """Exchange rows as far as can be now; return what of it is still to be waited for."""
+    def swap(self, messages: Swap) -> list[Operation]:
+        """Exchange messages as far as can be now; return what is still to be waited for."""
         with self.lock:
-            links = [self._links[peer] for peer in rows.peers]
+            links = [self._links[peer] for peer in messages.peers]
             quick = all(link.between and link.peer not in self._left for link in links)
             here = None
             if quick and not (self.closed or self._failure):
-                here = self._matching.collect(rows.channel, rows.peers, rows.theirs)
+                here = self._matching.collect(messages.channel, messages.peers, messages.theirs)
             left: list[Progress] | None = [NOTHING] * len(links)
             if here is not None:
-                left = rows.now(tuple([link.sock.fileno() for link in links]), tuple(here))
+                left = messages.now(tuple([link.sock.fileno() for link in links]), tuple(here))
             if left is None:
                 return []
-            here = here or [False] * len(links)
-            return [
-                operation
-                for number, link in enumerate(links)
-                for operation in self._go_on(
-                    link, rows, left[number], None if here[number] else rows.theirs[number]
-                )
-            ]
+            operations = []
+            for number, link in enumerate(links):
+                sent, *come = left[number]
+                views, memory = messages.left(number, sent), messages.theirs[number]
+                if here and here[number]:
+                    memory, come = None, []
+                operations += self._go_on(link, messages.channel, views, memory, b"".join(come))
+            return operations
 
     def _go_on(
-        self, link: Link, rows: Swap, progress: Progress, memory: memoryview | None
+        self,
+        link: Link,
+        channel: int,
+        views: list[memoryview],
+        memory: memoryview | None,
+        come: bytes,
     ) -> list[Operation]:
-        """Let a message go on that has gone so far, and one that comes into `memory`, if any."""
+        """Let `views` go on their way, and what comes into `memory`, of which some has `come`."""
         sending, receiving = Operation(self, link.peer), Operation(self, link.peer)
-        sent, header, row = progress
-        views = rows.left(sent)
         sending.done, receiving.done = not views, memory is None
         if memory is not None:
-            self._matching.post(receiving, rows.channel, memory)
+            self._matching.post(receiving, channel, memory)
         if self._why_not(link.peer) is None:
             try:
-                if memory is not None and link.take(header + row):
+                if come and link.take(come):
                     self._tell()
                 if views:
                     sending.done = link.go_on(views, sending)

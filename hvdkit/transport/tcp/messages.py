@@ -116,25 +116,36 @@ class Matching:
         return None
 
     def collect(
-        self, channel: int, sources: Sequence[int], memories: Sequence[memoryview]
+        self, channel: int, sources: Sequence[int], memories: Sequence[memoryview | None]
     ) -> list[bool] | None:
         """Receive what has arrived from each of `sources`; return from which.
 
         None, with nothing received, if a receive waits already, or anything else has arrived.
+
+        Args:
+            channel: of the messages.
+            sources: ranks.
+            memories: where what they send goes; None: this one sends nothing.
         """
         inboxes = self._inboxes.get(channel, {})
         if channel in self._over or any(inbox.posted for inbox in inboxes.values()):
             return None
-        arrived = [inboxes[source].arrived[0] if source in inboxes else None for source in sources]
-        for arrival, memory in zip(arrived, memories, strict=True):
-            if arrival is not None and not arrival.nbytes == arrival.filled == len(memory):
-                return None
-        for source, arrival, memory in zip(sources, arrived, memories, strict=True):
-            if arrival is not None:
-                memory[:] = arrival.memory
-                inboxes[source].arrived.popleft()
-                self._tidy(channel, source, inboxes[source])
-        return [arrival is not None for arrival in arrived]
+        found = [
+            None if memory is None or source not in inboxes else inboxes[source].arrived[0]
+            for source, memory in zip(sources, memories, strict=True)
+        ]
+        there = [
+            (source, arrival, memory)
+            for source, arrival, memory in zip(sources, found, memories, strict=True)
+            if arrival is not None and memory is not None
+        ]
+        if any(not a.nbytes == a.filled == len(memory) for _, a, memory in there):
+            return None
+        for source, arrival, memory in there:
+            memory[:] = arrival.memory
+            inboxes[source].arrived.popleft()
+            self._tidy(channel, source, inboxes[source])
+        return [arrival is not None for arrival in found]
 
     def take(self, channel: int, source: int) -> bytes | None:
         """Return the next message if all of it is there."""

@@ -1,6 +1,6 @@
-"""Small all-gathers among few ranks: everyone writes its row to everyone, and looks for theirs.
+"""Small messages with few ranks at once, of memory that stays where it is.
 
-    send the row to each peer, and look for what comes          in the native module, for a while
+    send to each, and look for what comes from each             in the native module, for a while
     what has not gone, or not come, goes on as messages do      and so does what was not expected
 
 The messages are those of the transport's channel, so that it makes no difference who is quick.
@@ -8,35 +8,37 @@ The messages are those of the transport's channel, so that it makes no differenc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from hvdkit.native import swap
-from hvdkit.transport.base import Backoff
+from hvdkit.transport.base import Backoff, Bytes
 from hvdkit.transport.tcp.link import HEADER
 
 if TYPE_CHECKING:
     from hvdkit.transport.tcp.mesh import Mesh
 
-#: How often to look for the others' rows before yielding, at most; a look is a system call.
+#: How often to look for what comes before yielding, at most; a look is a system call.
 LOOKS = 500
 
-#: What has become of a message each way: bytes sent; the header and the row as far as received.
+#: What has become of the messages with a peer: bytes sent; the header and the bytes received.
 Progress = tuple[int, bytes, bytes]
 NOTHING: Progress = (0, b"", b"")
 
+#: Where, in the memory, what is sent begins, its length, and the same of what is received; -1 is
+#: the length of no message.  The native module knows this.
+_PLACES = struct.Struct("=4q")
+
 
 class Swap:
-    """A prepared all-gather over the links of a mesh.
+    """A prepared exchange over the links of a mesh.
 
     Args:
         mesh: has the links.
         channel: of the messages.
-        members: the ranks of the job that have a row each.
-        rows: ``(size, length)``.
+        memory: contiguous.
+        outward, inward: by rank of the job, what of the memory is sent and received.
         backoff: how to wait.
     """
 
@@ -44,21 +46,30 @@ class Swap:
         self,
         mesh: Mesh,
         channel: int,
-        members: Sequence[int],
+        memory: Bytes,
+        outward: Mapping[int, slice],
+        inward: Mapping[int, slice],
         *,
-        rows: NDArray[np.int64],
         backoff: Backoff,
     ) -> None:
         self._mesh = mesh
         self._backoff = backoff
-        self._rows = rows
-        self._rank = members.index(mesh.rank)
-        self._places = tuple(rank for rank in range(len(members)) if rank != self._rank)
+        self._memory = memory.data
         self.channel = channel
-        self.peers = tuple(members[rank] for rank in self._places)
-        self.mine = rows[self._rank].view(np.uint8).data
-        self.theirs = [rows[rank].view(np.uint8).data for rank in self._places]
-        self._header = HEADER.pack(channel, len(self.mine))
+        self.peers = tuple(sorted({*outward, *inward}))
+        self.ours = [self._part(outward, peer) for peer in self.peers]
+        self.theirs = [self._part(inward, peer) for peer in self.peers]
+        self._headers = b"".join(
+            HEADER.pack(channel, 0 if view is None else len(view))
+            for both in zip(self.ours, self.theirs, strict=True)
+            for view in both
+        )
+        self._places = b"".join(
+            _PLACES.pack(*_place(outward, peer), *_place(inward, peer)) for peer in self.peers
+        )
+
+    def _part(self, parts: Mapping[int, slice], peer: int) -> memoryview | None:
+        return self._memory[parts[peer]] if peer in parts else None
 
     def run(self) -> None:
         for operation in self._mesh.swap(self):
@@ -69,21 +80,24 @@ class Swap:
 
         Args:
             handles: of the sockets.
-            here: whether a peer's row has been received already.
+            here: whether what a peer sends has been received already.
         """
         looks = min(self._backoff.spin, LOOKS)
-        size = len(self._rows)
-        places = self._places
-        return swap(handles, places, here, self._header, self._rows, self._rank, size, looks)
+        return swap(handles, here, self._headers, self._places, self._memory, looks)
 
-    def left(self, sent: int) -> list[memoryview]:
-        """Return what is still to be sent after `sent` bytes."""
-        header = memoryview(self._header)
-        return [
-            view
-            for view in (header[sent:], self.mine[max(0, sent - len(header)) :])
-            if len(view) > 0
-        ]
+    def left(self, number: int, sent: int) -> list[memoryview]:
+        """Return what is still to be sent to the `number`-th peer after `sent` bytes."""
+        ours = self.ours[number]
+        if ours is None:
+            return []
+        header = memoryview(self._headers)[2 * number * HEADER.size :][: HEADER.size]
+        views = (header[sent:], ours[max(0, sent - HEADER.size) :])
+        return [view for view in views if len(view) > 0]
 
     def free(self) -> None:
         pass
+
+
+def _place(parts: Mapping[int, slice], peer: int) -> tuple[int, int]:
+    part = parts.get(peer)
+    return (0, -1) if part is None else (part.start, part.stop - part.start)

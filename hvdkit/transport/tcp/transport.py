@@ -21,9 +21,12 @@ from hvdkit.transport.base import (
     Backoff,
     Bytes,
     GeneralAllgather,
-    PreparedAllgather,
+    GeneralExchange,
+    Part,
+    Prepared,
     Request,
     Topology,
+    exchanged_rows,
 )
 from hvdkit.transport.tcp.mesh import Mesh
 from hvdkit.transport.tcp.swap import Swap
@@ -177,10 +180,21 @@ class TCPTransport:
         blocks = self._allgather(np.ascontiguousarray(values, np.int64).tobytes())
         return np.frombuffer(b"".join(blocks), np.int64).reshape(self.size, len(values)).copy()
 
-    def prepare_allgather(self, rows: NDArray[np.int64]) -> PreparedAllgather:
+    def prepare_allgather(self, rows: NDArray[np.int64]) -> Prepared:
         if not 1 < self.size <= _FEW or why_unavailable() is not None:
             return GeneralAllgather(self, rows)
-        return Swap(self._mesh, self._control, self._members, rows=rows, backoff=self.backoff)
+        return self.prepare_exchange(*exchanged_rows(rows, self.rank), self.backoff)
+
+    def prepare_exchange(
+        self, memory: Bytes, sends: Sequence[Part], receives: Sequence[Part], backoff: Backoff
+    ) -> Prepared:
+        if why_unavailable() is not None:
+            apart = copy(self)
+            apart._channel = self._control
+            return GeneralExchange(apart, memory, sends, receives, backoff=backoff)
+        outward = {self._members[part.rank]: slice(part.start, part.stop) for part in sends}
+        inward = {self._members[part.rank]: slice(part.start, part.stop) for part in receives}
+        return Swap(self._mesh, self._control, memory, outward, inward, backoff=backoff)
 
     def allgather_object(self, value: T) -> list[T]:
         return [pickle.loads(block) for block in self._allgather(pickle.dumps(value))]
