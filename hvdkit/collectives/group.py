@@ -16,6 +16,7 @@ from hvdkit.collectives.calls import JOIN, JOINABLE, Call, joined_error, mismatc
 from hvdkit.collectives.executor import Executor
 from hvdkit.collectives.frames import TOLD, Frames, Prepare
 from hvdkit.collectives.pick import NO_HIERARCHY
+from hvdkit.collectives.prepared import LONGEST, PreparedSchedules
 from hvdkit.collectives.program import Move, bounds_of, even_bounds, lay_out
 from hvdkit.dtypes import ReduceOp
 from hvdkit.errors import (
@@ -39,6 +40,9 @@ SECONDS_FOR_A_REASON = 1.0
 
 #: Plans kept: calls that differ in name, shape, dtype or arguments.  A training step has hundreds.
 MOST_PLANS = 4096
+
+#: Where messages are cut in short segments, so many of them are one still.
+SEGMENTS_PREPARED = 4
 
 
 class Recorder(Protocol):
@@ -103,6 +107,7 @@ class Group:
         self.recorder: Recorder | None = None
         self.doing: Any = None
         """The call under way, or the last one; an all-reduce's plan stands for its call."""
+        self.prepared = PreparedSchedules(self.executor)
         self.frames = Frames(transport, self._prepare_frames())
         self._failure: HorovodInternalError | None = None
         self._plans: dict[Any, Any] = {}
@@ -122,6 +127,7 @@ class Group:
             self.hierarchy.adopt(estimates)
         self._retired = list(self.counts())
         self._plans.clear()
+        self.prepared.close()
 
     # What the engine watches
 
@@ -159,6 +165,7 @@ class Group:
             self.arena.close()
         in_step = in_step and self._failure is None and not self.executor.backoff.abandoned
         if in_step:
+            self.prepared.close()
             self.frames.close()
         if self.hierarchy is not None:
             self.hierarchy.close(in_step=in_step)
@@ -331,6 +338,12 @@ class Group:
 
         `source`, of the same dtype, is what is sent, if not `target`: `source_counts` a chunk.
         """
+        if counts is None and source is None and target.nbytes <= self._longest_prepared(target):
+            call = (kind, algorithm, target.size, target.dtype, root)
+            lay_out = partial(self._lay_out, kind, algorithm, target, None, None, root, whole=True)
+            prepared = self.prepared.get(call, target, lay_out)
+            prepared.run(target, op, recorder=self.tracer)
+            return
         if counts is not None:
             moves = self._lay_out(kind, algorithm, target, counts, source_counts, root)
         else:
@@ -341,6 +354,11 @@ class Group:
                 self.keep(key, moves)
         self.executor.run(moves, target, source=source, op=op, recorder=self.tracer)
 
+    def _longest_prepared(self, target: NDArray[Any]) -> int:
+        """Return up to how many bytes messages are not worth cutting in segments."""
+        segment = self.estimates.segment_bytes(target.nbytes)
+        return min(LONGEST, SEGMENTS_PREPARED * segment)
+
     def _lay_out(
         self,
         kind: str,
@@ -349,6 +367,8 @@ class Group:
         counts: Sequence[int] | None,
         source_counts: Sequence[int] | None,
         root: int,
+        *,
+        whole: bool = False,
     ) -> tuple[Move, ...]:
         found = registry.get(kind, algorithm)
         # Counts, and so the bytes of `target`, may differ between ranks; messages may not.
@@ -363,7 +383,7 @@ class Group:
             self.size,
             even_bounds(target.size, chunks) if counts is None else bounds_of(counts),
             source=None if source_counts is None else bounds_of(source_counts),
-            longest=max(1, segment // target.itemsize),
+            longest=max(1, target.size if whole else segment // target.itemsize),
             root=root,
         )
 

@@ -149,7 +149,8 @@ class Transport(Protocol):
 
         Args:
             memory: stays where it is.
-            sends, receives: at most one of each a rank; no receive overlaps another part.
+            sends, receives: in order, where there are several of one rank; no receive overlaps
+                another part.
             backoff: how to wait.
         """
         ...

@@ -1,10 +1,13 @@
 """All-gathers over sockets that were prepared, among messages that have other ways."""
 
+import time
+
 import numpy as np
 import pytest
 
 from hvdkit.errors import PeerError
 from hvdkit.native import why_unavailable
+from hvdkit.transport.base import Part
 from hvdkit.transport.tcp import swap
 from hvdkit.transport.tcp.swap import Swap
 
@@ -109,6 +112,65 @@ def test_a_rank_that_is_late_is_waited_for_and_one_that_is_lost_is_an_error():
         rows[t.rank] = 1
         with pytest.raises(PeerError, match="rank 1"):
             made.run()
+
+    on_tcp_ranks(2, body)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("length", [0, 1, 100_000, 4_000_000])
+@pytest.mark.parametrize("spin", [0, 2000])
+def test_around_a_ring(size, length, spin):
+    """What a rank sends goes to another rank than what it receives comes from."""
+
+    def body(t):
+        memory = np.zeros(2 * length, np.uint8)
+        sends = [Part((t.rank + 1) % size, 0, length)]
+        receives = [Part((t.rank - 1) % size, length, 2 * length)]
+        t.backoff.spin = spin
+        made = t.prepare_exchange(memory, sends, receives, t.backoff)
+        assert isinstance(made, Swap)
+        for turn in range(20):
+            if turn % size == t.rank:
+                time.sleep(0.002)
+            memory[:length] = (t.rank + turn) % 256
+            made.run()
+            assert (memory[length:] == ((t.rank - 1) % size + turn) % 256).all()
+        made.free()
+
+    on_tcp_ranks(size, body)
+
+
+def test_to_some_only():
+    """A chain: the first only sends, the last only receives; and a rank with nothing to do."""
+
+    def body(t):
+        memory = np.full(8, t.rank, np.uint8)
+        sends = [Part(t.rank + 1, 0, 4)] if t.rank < 2 else []
+        receives = [Part(t.rank - 1, 4, 8)] if 0 < t.rank < 3 else []
+        made = t.prepare_exchange(memory, sends, receives, t.backoff)
+        for _ in range(10):
+            made.run()
+        return memory.tolist()
+
+    assert on_tcp_ranks(4, body) == [
+        [0] * 8,
+        [1] * 4 + [0] * 4,
+        [2] * 4 + [1] * 4,
+        [3] * 8,
+    ]
+
+
+def test_several_parts_for_one_rank_arrive_in_order():
+    def body(t):
+        memory = np.arange(12, dtype=np.uint8) + 100 * t.rank
+        sends = [Part(1 - t.rank, 0, 2), Part(1 - t.rank, 4, 8)]
+        receives = [Part(1 - t.rank, 2, 4), Part(1 - t.rank, 8, 12)]
+        made = t.prepare_exchange(memory, sends, receives, t.backoff)
+        for _ in range(5):
+            made.run()
+        theirs = np.arange(12, dtype=np.uint8) + 100 * (1 - t.rank)
+        assert (memory[2:4] == theirs[:2]).all()
+        assert (memory[8:] == theirs[4:8]).all()
 
     on_tcp_ranks(2, body)
 

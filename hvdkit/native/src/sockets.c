@@ -89,9 +89,10 @@ static PyObject *state_of(const peer *peers, int count)
     for (int i = 0; all && i < count; i++) {
         const peer *p = &peers[i];
         const size_t in_header = p->in.done < HEADER ? p->in.done : HEADER;
-        PyObject *state = Py_BuildValue("(ny#y#)", (Py_ssize_t)p->out.done, p->header,
-                                        (Py_ssize_t)in_header, p->in.bytes,
-                                        (Py_ssize_t)(p->in.done - in_header));
+        const char *come = p->in.length ? p->in.bytes : ""; /* of NULL, None would be made */
+        PyObject *state =
+            Py_BuildValue("(ny#y#)", (Py_ssize_t)p->out.done, p->header, (Py_ssize_t)in_header, come,
+                          (Py_ssize_t)(p->in.done - in_header));
         if (!state) {
             Py_CLEAR(all);
             break;

@@ -188,12 +188,13 @@ class TCPTransport:
     def prepare_exchange(
         self, memory: Bytes, sends: Sequence[Part], receives: Sequence[Part], backoff: Backoff
     ) -> Prepared:
-        if why_unavailable() is not None:
+        outward = {self._members[part.rank]: slice(part.start, part.stop) for part in sends}
+        inward = {self._members[part.rank]: slice(part.start, part.stop) for part in receives}
+        several = len(outward) < len(sends) or len(inward) < len(receives)
+        if several or why_unavailable() is not None:
             apart = copy(self)
             apart._channel = self._control
             return GeneralExchange(apart, memory, sends, receives, backoff=backoff)
-        outward = {self._members[part.rank]: slice(part.start, part.stop) for part in sends}
-        inward = {self._members[part.rank]: slice(part.start, part.stop) for part in receives}
         return Swap(self._mesh, self._control, memory, outward, inward, backoff=backoff)
 
     def allgather_object(self, value: T) -> list[T]:
