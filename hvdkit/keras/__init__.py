@@ -6,13 +6,10 @@ values; with Keras's TensorFlow backend or its torch backend, whichever is set.
 
 from hvdkit.api import (
     add_process_set,
-    allgather_object,
-    broadcast_object,
     cross_rank,
     cross_size,
     init,
     is_initialized,
-    join,
     local_rank,
     local_size,
     rank,
@@ -23,6 +20,7 @@ from hvdkit.api import (
     stats,
     stop_timeline,
 )
+from hvdkit.array_collectives import allgather_object, broadcast_object, join
 from hvdkit.dtypes import (
     Adasum,
     Average,

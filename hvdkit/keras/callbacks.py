@@ -8,7 +8,8 @@ from typing import Any
 
 import keras
 
-from hvdkit.api import allgather_object, rank, size
+from hvdkit.api import rank, size
+from hvdkit.array_collectives import allgather_object
 from hvdkit.errors import ArgumentError, MismatchError, describe_by_rank
 from hvdkit.keras.values import broadcast_variables
 

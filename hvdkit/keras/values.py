@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from hvdkit import api
+from hvdkit import array_collectives
 from hvdkit.dtypes import Average, Sum
 from hvdkit.errors import MismatchError, UnsupportedError, describe_by_rank
 from hvdkit.keras.optimizer import Compression
@@ -44,7 +44,7 @@ def allreduce(
     if op is None:
         op = Average if average else Sum
     packed, form = compression.compress(keras.ops.convert_to_tensor(value))
-    result = api.allreduce(
+    result = array_collectives.allreduce(
         _array(packed),
         op=op,
         name=name,
@@ -56,17 +56,21 @@ def allreduce(
 
 def allgather(value: Any, name: str | None = None) -> Any:
     """Return all ranks' rows of `value` together, in rank order.  Collective, blocking."""
-    return keras.ops.convert_to_tensor(api.allgather(_array(value), name=name))
+    return keras.ops.convert_to_tensor(array_collectives.allgather(_array(value), name=name))
 
 
 def broadcast(value: Any, root_rank: int, name: str | None = None) -> Any:
     """Return the root's `value`, which is of equal shape on all ranks.  Collective, blocking."""
-    return keras.ops.convert_to_tensor(api.broadcast(_array(value), root_rank, name=name))
+    return keras.ops.convert_to_tensor(
+        array_collectives.broadcast(_array(value), root_rank, name=name)
+    )
 
 
 def reducescatter(value: Any, name: str | None = None, op: Any = Average) -> Any:
     """Return this rank's share of the rows of all ranks' combination.  Collective, blocking."""
-    return keras.ops.convert_to_tensor(api.reducescatter(_array(value), op=op, name=name))
+    return keras.ops.convert_to_tensor(
+        array_collectives.reducescatter(_array(value), op=op, name=name)
+    )
 
 
 def broadcast_variables(variables: Sequence[Any], root_rank: int) -> None:
@@ -80,11 +84,13 @@ def broadcast_variables(variables: Sequence[Any], root_rank: int) -> None:
         MismatchError: on every rank, if their number, shapes or dtypes differ.
     """
     mine = [f"{tuple(variable.shape)} {variable.dtype}" for variable in variables]
-    everyone = api.allgather_object(mine, name="broadcast_variables")
+    everyone = array_collectives.allgather_object(mine, name="broadcast_variables")
     if any(theirs != everyone[0] for theirs in everyone):
         raise MismatchError(_difference(everyone))
     for number, variable in enumerate(variables):
-        variable.assign(api.broadcast(_array(variable), root_rank, name=f"variable.{number}"))
+        variable.assign(
+            array_collectives.broadcast(_array(variable), root_rank, name=f"variable.{number}")
+        )
 
 
 def broadcast_global_variables(root_rank: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvdkit import api
+from hvdkit import array_collectives
 from hvdkit.api import communicator
 from hvdkit.collectives.calls import Call
 from hvdkit.collectives.group import Group
@@ -138,7 +138,7 @@ def broadcast_object(
         MismatchError, ArgumentError, PeerError: as `broadcast`.
     """
     del session
-    return api.broadcast_object(obj, root_rank, name, process_set)
+    return array_collectives.broadcast_object(obj, root_rank, name, process_set)
 
 
 def broadcast_object_fn(
@@ -166,4 +166,4 @@ def allgather_object(
     Arguments and errors are `broadcast_object`'s.
     """
     del session
-    return api.allgather_object(obj, name, process_set)
+    return array_collectives.allgather_object(obj, name, process_set)

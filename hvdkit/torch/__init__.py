@@ -6,8 +6,6 @@ a `DistributedOptimizer` that averages gradients in buckets while backward still
 
 from hvdkit.api import (
     add_process_set,
-    allgather_object,
-    broadcast_object,
     cross_rank,
     cross_size,
     init,
@@ -22,6 +20,7 @@ from hvdkit.api import (
     stats,
     stop_timeline,
 )
+from hvdkit.array_collectives import allgather_object, broadcast_object
 from hvdkit.dtypes import (
     Adasum,
     Average,

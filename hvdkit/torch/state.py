@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from hvdkit.api import broadcast_object, rank
+from hvdkit.api import rank
+from hvdkit.array_collectives import broadcast_object
 from hvdkit.errors import UnsupportedError
 from hvdkit.torch.movements import broadcast_
 

@@ -13,7 +13,7 @@ from hvdkit.errors import NotInitializedError
 def job(monkeypatch):
     """A job of which only what is asked for is there."""
     context = SimpleNamespace(local_sizes=(2, 2), kind="mpi", threaded=True)
-    monkeypatch.setattr(api, "_context", context)
+    monkeypatch.setattr(api, "current", context)
     return context
 
 
@@ -49,7 +49,7 @@ def test_mpi_is_enabled_between_init_and_shutdown(job, monkeypatch):
     assert queries.mpi_enabled() is True
     job.kind = "tcp"
     assert queries.mpi_enabled() is False
-    monkeypatch.setattr(api, "_context", None)
+    monkeypatch.setattr(api, "current", None)
     assert queries.mpi_enabled() is False
 
 
