@@ -160,7 +160,7 @@ def add_process_set(process_set: ProcessSet | Iterable[int]) -> ProcessSet:
             a MismatchError that says so.
         MismatchError: ranks gave different sets.
     """
-    return context().add_process_set(process_set)
+    return context().process_sets.add(process_set)
 
 
 def remove_process_set(process_set: ProcessSet) -> bool:
@@ -168,7 +168,7 @@ def remove_process_set(process_set: ProcessSet) -> bool:
 
     The set of all ranks stays.
     """
-    return context().remove_process_set(process_set)
+    return context().process_sets.remove(process_set)
 
 
 def start_timeline(file_path: str | os.PathLike[str], mark_cycles: bool = False) -> None:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hvdkit import native
 from hvdkit.collectives.calls import Call, mismatch
-from hvdkit.collectives.group import Group
 from hvdkit.collectives.hierarchical import Layout
 from hvdkit.collectives.joining import serve_joined
 from hvdkit.config import BUCKET_BYTES, Config
@@ -22,19 +19,15 @@ from hvdkit.engine.agreement import agree_on_gradients
 from hvdkit.engine.bucketing import Gradient
 from hvdkit.engine.channels import Channels
 from hvdkit.engine.communicator import Communicator
+from hvdkit.engine.couriers import Couriers
 from hvdkit.engine.grouping import GroupMaker
 from hvdkit.engine.progress import Progress
 from hvdkit.engine.recording import Recording
 from hvdkit.engine.reducer import GradientReducer
 from hvdkit.engine.stall import Watch
-from hvdkit.errors import (
-    ArgumentError,
-    HvdkitError,
-    LauncherError,
-    UnsupportedError,
-    format_ranks,
-)
-from hvdkit.process_sets import ProcessSet, global_process_set
+from hvdkit.errors import ArgumentError, HvdkitError, LauncherError
+from hvdkit.process_set_table import ProcessSetTable
+from hvdkit.process_sets import ProcessSet
 from hvdkit.transport.base import JobTransport, Topology
 from hvdkit.transport.cores import have_own_cores
 from hvdkit.transport.courier import Courier
@@ -100,22 +93,18 @@ class Context:
             config, self.kernels, self.recording, spin=self._spin, tuning=self.tuning
         )
         self.channels = Channels(self._transport, self._groups, threaded=self.threaded)
-        self._members: dict[int, tuple[int, ...]] = {0: tuple(range(self.topology.size))}
-        self._named: dict[int, Group] = {}
-        self._couriers: dict[int, Courier] = {}
-        self._sets: dict[int, ProcessSet] = {0: global_process_set}
-        self._next_set = 1
-        self._made_here: set[int] = set()  # process sets that no user has asked for
-        self._adopted: dict[int, ProcessSet] = {}  # the users' own for these
+        self._couriers = Couriers(config, self._look, threaded=self.threaded)
+        self.process_sets = ProcessSetTable(
+            self._transport, self._groups, self.channels, self._couriers
+        )
         self._mail = self._open_mail()
         self._progress = self._start_progress()
-        self.world = self._communicator(0, self._transport.duplicate())
+        self.world = self.process_sets.open(self._progress)
         self.arena = self.world.group.arena or self.world.group.no_arena
         self.group = self.world.group
-        global_process_set.bind(0, self._members[0], self.world)
         try:
             for process_set in process_sets:
-                self.add_process_set(process_set)
+                self.process_sets.add(process_set)
             if config.timeline is not None:
                 self.start_timeline(config.timeline)
         except BaseException:
@@ -129,18 +118,14 @@ class Context:
                 self.stop_timeline()
             except HvdkitError as exc:
                 log.warning("the timeline stays in parts, one a rank: %s", exc)
-        for courier in self._couriers.values():
-            courier.close()
+        self._couriers.close()
         for channel in self.channels.open:
             channel.lane.stop()
         self._progress.close()
         for channel in self.channels.open:
             channel.lane.close()
             channel.group.close(in_step=self._watch.in_step(channel))
-        for group in self._named.values():
-            group.close()
-        for process_set in (*self._sets.values(), *self._adopted.values()):
-            process_set.unbind()
+        self.process_sets.close()
         self._mail.close()
         self._local.close()
         self._transport.close()
@@ -181,107 +166,6 @@ class Context:
         self.tuning = self._groups.tuning = tuning
         self._groups.adopt(self.group, self.topology)
         self.world.forget_short_ways()
-
-    # Process sets
-
-    def add_process_set(self, process_set: ProcessSet | Iterable[int]) -> ProcessSet:
-        """Make a process set of use.  Collective among all ranks, in the same order.
-
-        Raises:
-            ArgumentError: the set is known already, or has a rank that there is not.
-            MismatchError: ranks gave different sets.
-        """
-        if not isinstance(process_set, ProcessSet):
-            process_set = ProcessSet(process_set)
-        ranks = tuple(process_set.ranks or ())
-        known = self._number_of(ranks)
-        if known in self._made_here and known not in self._adopted:
-            return self.world.call(self._adopt, process_set, known)
-        try:
-            if not ranks or ranks[-1] >= self.topology.size:
-                raise ArgumentError(
-                    f"{list(ranks)} is no process set: ranks are 0 to {self.topology.size - 1}"
-                )
-            if known is not None:
-                raise ArgumentError(f"there is a process set of ranks {list(ranks)} already")
-        except ArgumentError as exc:
-            self.world.lane.call(self.group.refuse, "add_process_set", None, exc)
-        return self.world.call(self._add, process_set, ranks)
-
-    def _add(self, group: Group, process_set: ProcessSet, ranks: tuple[int, ...]) -> ProcessSet:
-        group.agree(Call("add_process_set", None, (("ranks", str(list(ranks))),)))
-        number, self._next_set = self._next_set, self._next_set + 1
-        communicator = None
-        if self.topology.rank in ranks:
-            communicator = self._communicator(number, self._transport.subset(ranks), ranks)
-        self._members[number] = ranks
-        self._sets[number] = process_set
-        process_set.bind(number, ranks, communicator)
-        self._progress.reconsider()
-        return process_set
-
-    def process_set_of(self, ranks: Iterable[int]) -> ProcessSet:
-        """Return the process set of `ranks`, which is added if there is none.  Collective."""
-        found = self.find_process_set(ranks)
-        if found is None:
-            found = self.add_process_set(ranks)
-            assert found.process_set_id is not None
-            self._made_here.add(found.process_set_id)
-        return found
-
-    def find_process_set(self, ranks: Iterable[int]) -> ProcessSet | None:
-        """Return the process set of `ranks`, if there is one.  Local."""
-        number = self._number_of(tuple(sorted(ranks)))
-        return None if number is None else self._sets[number]
-
-    def _number_of(self, ranks: tuple[int, ...]) -> int | None:
-        return next((number for number, known in self._members.items() if known == ranks), None)
-
-    def _adopt(self, group: Group, process_set: ProcessSet, number: int) -> ProcessSet:
-        """Let a user's process set be one that was made for something else, and stays for it."""
-        ranks = self._members[number]
-        group.agree(Call("add_process_set", None, (("ranks", str(list(ranks))),)))
-        mine = self._sets[number]
-        process_set.bind(number, ranks, mine.communicator() if mine.included() else None)
-        self._adopted[number] = process_set
-        return process_set
-
-    def remove_process_set(self, process_set: ProcessSet) -> bool:
-        """Let go of a process set; return whether it was one.  Collective among all ranks.
-
-        Raises:
-            ArgumentError: on every rank, if named operations are under way in the set on any.
-        """
-        number = process_set.process_set_id
-        if number is not None and self._adopted.get(number) is process_set:
-            self._adopted.pop(number).unbind()
-            return True
-        if number is None or number == 0 or self._sets.get(number) is not process_set:
-            return False
-        self.world.call(self._remove, number)
-        return True
-
-    def _remove(self, group: Group, number: int) -> None:
-        call = Call("remove_process_set", None, (("process_set", str(number)),))
-        busy = np.flatnonzero(group.agree(call, [int(self._progress.in_use(number))]))
-        if busy.size:
-            raise ArgumentError(
-                f"{self._sets[number]} cannot be removed: operations are under way in it on "
-                f"{format_ranks(busy.tolist())}; synchronize them first"
-            )
-        self._progress.release(number)
-        process_set = self._sets.pop(number)
-        del self._members[number]
-        if process_set.included():
-            self.channels.release_set(process_set.communicator())
-            self._groups.release(self._named.pop(number))
-            if number in self._couriers:
-                self._couriers.pop(number).close()
-        process_set.unbind()
-
-    def process_sets(self) -> dict[int, tuple[int, ...]]:
-        """Return the ranks of every known process set by its number."""
-        return dict(self._members)
 
     # Uneven inputs
 
@@ -333,36 +217,15 @@ class Context:
         Raises:
             UnsupportedError: MPI was started without support for threads.
         """
-        if among.number not in self._couriers:
-            if not self.threaded:
-                raise UnsupportedError(
-                    "MPI was started without thread support, which a pipeline needs: start it with "
-                    '"multiple", as mpi4py does if nobody else has'
-                )
-            self._couriers[among.number] = among.call(self._open_courier, among.ranks)
-        return self._couriers[among.number]
-
-    def _open_courier(self, group: Group, ranks: Sequence[int]) -> Courier:
-        group.agree(Call("courier", None))
-        off = self.config.stall_check_disable
-        transport: Any = group.transport
-        return Courier(
-            transport.duplicate(),
-            shared=self.config.shm,
-            check=0.0 if off else self.config.stall_check,
-            shutdown=0.0 if off else self.config.stall_shutdown,
-            ranks=ranks,
-            look=self._look,
-        )
+        return self._couriers.courier(among)
 
     # Timeline
 
     def start_timeline(self, path: Path | str) -> None:
         """Begin to record what every rank does.  Collective."""
         self.world.call(self.recording.start, str(path))
-        for process_set in self._sets.values():
-            if process_set.included():
-                process_set.communicator().forget_short_ways()
+        for communicator in self.process_sets.communicators():
+            communicator.forget_short_ways()
 
     def stop_timeline(self) -> None:
         """End the recording; rank 0 writes one file of it.  Collective."""
@@ -371,17 +234,6 @@ class Context:
         self.world.call(self.recording.stop)
 
     # What it is made of
-
-    def _communicator(
-        self, number: int, transport: JobTransport, ranks: tuple[int, ...] | None = None
-    ) -> Communicator:
-        """Return the collectives of a set of ranks, this one among them.  Collective among them."""
-        ranks = self._members[0] if ranks is None else ranks
-        label = "all ranks" if number == 0 else f"process set {number}"
-        channel = self.channels.make(label, ranks, transport, beside=False)
-        by_name = self._groups.make(transport.duplicate(), f"{label}, by name", beside=True)
-        self._named[number] = by_name
-        return Communicator(number, ranks, channel, self._progress)
 
     def _open_mail(self) -> Mail:
         if self.topology.local_size == self.topology.size:
@@ -403,8 +255,8 @@ class Context:
         )
         return Progress(
             self._mail,
-            self._named,
-            self._members,
+            self.process_sets.named,
+            self.process_sets.members,
             rank=self.topology.rank,
             fuse_bytes=self.bucket_bytes,
             watch=self._watch,

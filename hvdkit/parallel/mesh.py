@@ -44,7 +44,7 @@ class Mesh:
         self._sets: dict[str, ProcessSet] = {}
         for axis in self.shape:
             for ranks in self.lines(axis):
-                process_set = here.process_set_of(ranks)
+                process_set = here.process_sets.find_or_add(ranks)
                 if self.rank in ranks:
                     self._sets[axis] = process_set
 

@@ -32,7 +32,7 @@ def size_op(process_set_id: int = 0, name: str | None = None) -> tf.Tensor:
     del name
 
     def size() -> int:
-        known = context().process_sets()
+        known = context().process_sets.members
         if process_set_id not in known:
             raise ArgumentError(
                 f"there is no process set {process_set_id!r}; known are "
@@ -77,7 +77,7 @@ def process_set_included_op(process_set_id: int = 0, name: str | None = None) ->
         if not is_initialized():
             return NOT_INITIALIZED
         here = context()
-        ranks = here.process_sets().get(process_set_id)
+        ranks = here.process_sets.members.get(process_set_id)
         return UNKNOWN_SET if ranks is None else int(here.topology.rank in ranks)
 
     return number(included)

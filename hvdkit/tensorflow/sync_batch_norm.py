@@ -58,7 +58,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):  # type: ignore[m
         super().__init__(*args, **kwargs)
         self.supports_jit = False  # XLA cannot compile what communicates
         if not isinstance(process_set, ProcessSet):
-            known = context().find_process_set(process_set) if is_initialized() else None
+            known = context().process_sets.find(process_set) if is_initialized() else None
             process_set = known or ProcessSet(process_set)
         self.process_set: ProcessSet = process_set
 

@@ -132,7 +132,7 @@ def _schedule(group: Group | None, kind: str, name: str, nbytes: int) -> Callabl
 def _shared(bench: Bench, ranks: Sequence[int]) -> Iterator[Observation]:
     """Yield the times of collectives in the memory of a node; none if it shares none."""
     everyone = len(ranks) == bench.world.size
-    process_set = None if everyone else bench.context.add_process_set(ranks)
+    process_set = None if everyone else bench.context.process_sets.add(ranks)
     if process_set is None:
         group: Group | None = bench.world.group
     else:
@@ -145,7 +145,7 @@ def _shared(bench: Bench, ranks: Sequence[int]) -> Iterator[Observation]:
             found = bench.measure(f"shared memory, {nbytes:,} bytes", calls)["shm"]
             yield Observation(found.seconds, _Model("allreduce", "shm", nbytes, len(ranks)))
     if process_set is not None:
-        bench.context.remove_process_set(process_set)
+        bench.context.process_sets.remove(process_set)
 
 
 def _in_memory(group: Group | None, nbytes: int) -> Callable[[], object]:

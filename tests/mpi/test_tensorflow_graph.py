@@ -157,7 +157,7 @@ def test_sizes_and_ranks_are_found_when_the_graph_runs(monkeypatch):
         size, rank, local_size, local_rank = 7, 5, 3, 2
 
     monkeypatch.setattr(context(), "topology", Elsewhere)
-    monkeypatch.setattr(context(), "process_sets", lambda: {0: tuple(range(7))})
+    monkeypatch.setattr(context().process_sets, "members", {0: tuple(range(7))})
     assert graph().numpy().tolist() == [7, 5, 3, 2]
 
 

@@ -136,7 +136,7 @@ class Pipeline:
                 continue
             for line in self.mesh.lines(PIPELINE):
                 ranks = sorted({line[place] for place in places})
-                process_set = context().process_set_of(ranks)
+                process_set = context().process_sets.find_or_add(ranks)
                 if self.mesh.rank in ranks:
                     found[tie] = Holders(process_set, line[places[0]])
         return found
