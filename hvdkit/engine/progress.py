@@ -1,7 +1,7 @@
 """The progress thread: named operations, matched by rank 0 and run in the order it decides.
 
-    user's threads     submit ----> queue                                     handle.wait()
-    progress thread          announce -> mail -> rank 0: Coordinator               ^
+    user's threads     submit ----> Submissions                               handle.wait()
+    progress thread          Announcer -> mail -> rank 0: Coordinator              ^
                              run <- mail <- decisions                  ------------+
 
 There is one such thread a rank.  It sleeps until somebody submits or mail comes.  Between naps it
@@ -24,29 +24,15 @@ from typing import Any
 
 from hvdkit.collectives.calls import Call
 from hvdkit.collectives.group import Group
+from hvdkit.engine.announcing import Announcer
 from hvdkit.engine.handles import Handle
-from hvdkit.engine.negotiation import (
-    AllJoined,
-    Announcement,
-    Coordinator,
-    Decision,
-    Fail,
-    Left,
-    Run,
-    keep,
-    left_error,
-)
+from hvdkit.engine.negotiation import AllJoined, Announcement, Decision, Fail, Left, Run, left_error
 from hvdkit.engine.performing import Performer
 from hvdkit.engine.recording import Recording
 from hvdkit.engine.requests import Key, Operation, Request
-from hvdkit.engine.stall import Farewell, Watch
-from hvdkit.errors import (
-    ArgumentError,
-    HorovodInternalError,
-    HvdkitError,
-    NotInitializedError,
-    PeerError,
-)
+from hvdkit.engine.stall import Watch
+from hvdkit.engine.submissions import Submissions
+from hvdkit.errors import HorovodInternalError, HvdkitError, NotInitializedError, PeerError
 from hvdkit.transport.mail import Mail
 
 log = logging.getLogger("hvdkit")
@@ -56,10 +42,6 @@ SECONDS_TO_LEAVE = 10.0
 
 #: How long it waits for the others to leave as well, so that all can let go of everything.
 SECONDS_FOR_FAREWELLS = 0.5
-
-#: Seconds that a burst of submissions is given: after the last one, and in all.
-LINGER = 300e-6
-LONGEST_LINGER = 1e-3
 
 #: Seconds between looks of a rank that leaves whether its channels have come to rest.
 CLOSING_PACE = 0.02
@@ -91,33 +73,21 @@ class Progress:
     ) -> None:
         self._mail = mail
         self._groups = groups
-        self._members = members
         self._rank = rank
         self._watch = watch
         self._recording = recording
-        self._coordinator = Coordinator(members, fuse_bytes=fuse_bytes) if rank == 0 else None
-        self._lock = threading.Lock()
-        self._submitted: list[Operation] = []  # and not announced
-        self._uses: dict[Key, list[Operation | None]] = {}  # of names; None: one that was refused
-        self._told: dict[int, Request] = {}  # what rank 0 knows, by signature
-        self._decided: deque[Decision] = deque()
-        self._running: int | None = None  # the process set in which an operation is under way
-        self._performer = Performer(groups, recording)
-        self._join: Handle[int] | None = None
-        self._join_announced = False
-        self._regrouped = False
-        self._news = False
-        self._asleep = False
-        self._lingers = False
-        self._hurry = threading.Event()
-        self._closing = False
-        self._leave_announced = False
-        self._closed = 0.0  # when
-        self._failure: HvdkitError | None = None
         self.gone: set[int] = set()
         """The ranks that have left."""
         self.last = ""
         """What was done by name last."""
+        self._submissions = Submissions(members, self.gone)
+        self._announcer = Announcer(mail, members, self.gone, rank=rank, fuse_bytes=fuse_bytes)
+        self._decided: deque[Decision] = deque()
+        self._running: int | None = None  # the process set in which an operation is under way
+        self._performer = Performer(groups, recording)
+        self._news = False
+        self._asleep = False
+        self._closed = 0.0  # when
         watch.attach(self)
         self._thread = threading.Thread(target=self._live, name="hvdkit-progress", daemon=True)
         self._thread.start()
@@ -133,13 +103,8 @@ class Progress:
             NotInitializedError: after `close`.
         """
         operation.submitted = time.perf_counter()
-        operation.handle.hurry = self._hasten
-        with self._lock:
-            self._check_open()
-            error = self._why_refused(operation)
-            if error is None:
-                self._uses.setdefault(operation.key, []).append(operation)
-                self._submitted.append(operation)
+        operation.handle.hurry = self._submissions.hasten
+        error = self._submissions.put(operation)
         if error is not None:
             call = operation.request.call
             refusal = Request(Call.refused(call.kind, call.name, error))
@@ -150,35 +115,24 @@ class Progress:
 
     def refuse(self, operation: Operation) -> None:
         """Announce a call that this rank cannot make, so that the others learn why."""
-        with self._lock:
-            if self._closing or 0 in self.gone:
-                return
-            self._uses.setdefault(operation.key, []).append(None)
-            self._submitted.append(operation)
-        self._nudge()
+        if self._submissions.put_refused(operation):
+            self._nudge()
 
     def join(self) -> Handle[int]:
         """Announce that this rank has no more data; completes with the rank that joined last."""
-        handle: Handle[int] = Handle("join")
-        with self._lock:
-            self._check_open()
-            if self._join is not None:
-                raise ArgumentError("join() was called twice at once")
-            if self.gone:
-                raise left_error(Call("join", None), sorted(self.gone))
-            self._join, self._join_announced = handle, False
+        handle = self._submissions.join()
         self._nudge()
         return handle
 
     def reconsider(self) -> None:
         """Tell that the process sets have changed."""
-        self._regrouped = True
+        self._announcer.reconsider()
         self._nudge()
 
     def in_use(self, set_id: int) -> bool:
         """Return whether operations are under way in a process set."""
-        with self._lock:
-            return self._running == set_id or any(key[0] == set_id for key in self._uses)
+        # In this order: what begins between the two looks is running before it is off the table.
+        return self._submissions.in_use(set_id) or self._running == set_id
 
     def release(self, set_id: int) -> None:
         """Let go of what is kept for a process set, in which nothing is under way on any rank."""
@@ -186,8 +140,7 @@ class Progress:
 
     def pending(self) -> list[Operation]:
         """Return the operations that have not begun."""
-        with self._lock:
-            return [use for uses in self._uses.values() for use in uses if use is not None]
+        return self._submissions.pending()
 
     def close(self) -> None:
         """Run what is decided, give up the rest, and end the thread.
@@ -195,25 +148,10 @@ class Progress:
         Others may go on.  Waits for rank 0 to have heard of it, lest others begin with this rank;
         and for what is under way in the channels, which others may have to be told to give up.
         """
-        with self._lock:
-            self._closed = time.monotonic()  # first, for the thread looks at it once it is closing
-            self._closing = True
+        self._closed = time.monotonic()  # first, for the thread looks at it once it is closing
+        self._submissions.close()
         self._nudge()
         self._thread.join()
-
-    def _check_open(self) -> None:
-        if self._closing:
-            raise self._failure or NotInitializedError("hvdkit was shut down")
-
-    def _why_refused(self, operation: Operation) -> Exception | None:
-        set_id, _ = operation.key
-        if any(use is not None for use in self._uses.get(operation.key, ())):
-            return ArgumentError(
-                f"{operation.request.call.title}: the name is in use by an operation that has not "
-                "completed; synchronize that one first, or give each a name of its own"
-            )
-        gone = self.gone.intersection(self._members.get(set_id, ())) or self.gone & {0}
-        return left_error(operation.request.call, sorted(gone)) if gone else None
 
     def _nudge(self) -> None:
         self._news = True  # before the look: whoever goes to sleep looks the other way round
@@ -236,20 +174,20 @@ class Progress:
         self._leave()
 
     def _fail(self, failure: HorovodInternalError) -> None:
-        self._failure = failure
+        self._submissions.failure = failure
         for group in list(self._groups.values()):
             group.abort(failure)
 
     def _loop(self) -> None:
         while not self._may_leave():
             self._news = False
-            self._gather()
+            self._submissions.settle()
             self._announce()
             if self._decided:
                 self._obey(self._decided.popleft())
             self._asleep = True
             timeout = self._watch.interval
-            if self._closing:
+            if self._submissions.closing:
                 timeout = CLOSING_PACE
             if self._news or self._decided or self._may_leave():
                 timeout = 0.0
@@ -264,103 +202,31 @@ class Progress:
 
         So it is once rank 0 knows that this rank leaves, and all that began before has ended.
         """
-        if not self._closing or self._decided:
+        if not self._submissions.closing or self._decided:
             return False
         at_rest, seconds = self._watch.part(), time.monotonic() - self._closed
         let_go = bool(self.gone & {0, self._rank}) or seconds >= SECONDS_TO_LEAVE
         alone = self._watch.heard_all() or seconds >= SECONDS_FOR_FAREWELLS
         return at_rest and let_go and alone
 
-    def _gather(self) -> None:
-        """Let a burst of submissions go on for a moment, to announce it as one.
-
-        Otherwise this thread and the submitting one would take the interpreter from each other
-        for every operation.  The first of a burst is announced at once, and so is everything that
-        somebody waits for.
-        """
-        before, deadline = 1, time.perf_counter() + LONGEST_LINGER
-        self._hurry.clear()
-        while len(self._submitted) > before and time.perf_counter() < deadline:
-            before = len(self._submitted)
-            self._lingers = True
-            if self._hurry.wait(LINGER):
-                break
-        self._lingers = False
-
-    def _hasten(self) -> None:
-        """Announce what was submitted at once: somebody waits."""
-        if self._lingers:
-            self._hurry.set()
-
     def _announce(self) -> None:
-        """Tell rank 0 of what was submitted; on rank 0, decide."""
-        with self._lock:
-            operations, self._submitted = self._submitted, []
-            joined = self._join is not None and not self._join_announced
-            self._join_announced = self._join is not None
-            leaving = self._closing and not self._leave_announced
-            self._leave_announced = self._closing
-        if operations or joined or leaving:
-            requests = {}
-            for operation in operations:
-                signature = operation.request.call.signature
-                if signature not in self._told:
-                    keep(self._told, operation.request)
-                    requests[signature] = operation.request
-            items = tuple((op.key, op.request.call.signature) for op in operations)
-            announcement = Announcement(items, requests, joined, leaving)
-            if self._coordinator is None:
-                self.post(0, announcement)
-                return
-            self._coordinator.announce(0, announcement)
-        if self._coordinator is not None:
-            if self._regrouped:
-                self._regrouped = False
-                self._coordinator.reconsider()
-            self.publish(self._coordinator.decide())
-
-    def publish(self, decisions: list[Decision]) -> None:
-        """Tell each rank the decisions that concern it.  On rank 0."""
-        by_rank: dict[int, list[Decision]] = {}
-        for decision in decisions:
-            brief = decision.brief() if isinstance(decision, Run) else decision
-            for rank in decision.ranks:
-                needs_all = isinstance(decision, Run) and rank in decision.absent
-                by_rank.setdefault(rank, []).append(decision if needs_all else brief)
-        pickled: dict[tuple[int, ...], bytes] = {}  # most ranks are told the same
-        for rank, theirs in by_rank.items():
-            if rank != self._rank and rank not in self.gone:
-                which = tuple(map(id, theirs))
-                if which not in pickled:
-                    pickled[which] = pickle.dumps(theirs, pickle.HIGHEST_PROTOCOL)
-                self._mail.send(rank, pickled[which])
-        self._take(by_rank.get(self._rank, []))
+        self._take(self._announcer.announce(self._submissions.take_new()))
 
     def post(self, destination: int, message: Any) -> None:
-        """Send a message to the progress thread of another rank, unless that is gone.
-
-        A rank that has left may still wait for the end of what is under way in its channels: it
-        hears a farewell.
-        """
-        if destination not in self.gone or isinstance(message, Farewell):
-            self._mail.send(destination, pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+        """Send a message to the progress thread of another rank; see `Announcer.post`."""
+        self._announcer.post(destination, message)
 
     def give_up(self, key: Key, error: HvdkitError) -> None:
         """Fail a named operation on every rank of it.  On rank 0."""
-        assert self._coordinator is not None
-        failed = self._coordinator.give_up(key, error)
-        if failed is not None:
-            self.publish([failed])
+        self._take(self._announcer.give_up(key, error))
 
     def waiting(self) -> dict[Key, tuple[Call, tuple[int, ...], tuple[int, ...]]]:
         """Return what ranks have announced and others have not.  On rank 0."""
-        assert self._coordinator is not None
-        return self._coordinator.waiting()
+        return self._announcer.waiting()
 
     def _deliver(self, source: int, message: Any) -> None:
         if isinstance(message, Announcement):
-            assert self._coordinator is not None
-            self._coordinator.announce(source, message)
+            self._announcer.hear(source, message)
         elif isinstance(message, list):
             self._take(message)
         else:
@@ -372,38 +238,27 @@ class Progress:
         if self._recording.timeline is not None:
             now = time.perf_counter()
             keys = [key for run in decisions if isinstance(run, Run) for key in run.keys]
-            with self._lock:
-                for use in (self._uses.get(key, (None,))[0] for key in keys):
-                    if use is not None:
-                        use.decided = now
+            self._submissions.note_decided(keys, now)
 
     def _obey(self, decision: Decision) -> None:
         if isinstance(decision, Run):
             self._run(decision)
         elif isinstance(decision, Fail):
-            operation = self._begin(decision.key)
+            operation = self._submissions.begin(decision.key)
             if operation is not None:
                 operation.handle.fail(decision.error)
         elif isinstance(decision, Left):
             self._without(decision.rank)
-        elif isinstance(decision, AllJoined) and self._join is not None:
-            handle, self._join = self._join, None
-            handle.complete(decision.last)
-
-    def _begin(self, key: Key) -> Operation | None:
-        """Take the next use of a name off the table; None if it was refused."""
-        with self._lock:
-            uses = self._uses[key]
-            use = uses.pop(0)
-            if not uses:
-                del self._uses[key]
-            return use
+        elif isinstance(decision, AllJoined):
+            joined = self._submissions.end_join()
+            if joined is not None:
+                joined.complete(decision.last)
 
     def _run(self, run: Run) -> None:
         """Run what was decided, together with the other ranks."""
         self._running = run.keys[0][0]
         keys = () if self._rank in run.absent else run.keys
-        mine = [use for key in keys if (use := self._begin(key)) is not None]
+        mine = [use for key in keys if (use := self._submissions.begin(key)) is not None]
         self.last = mine[-1].request.call.title if mine else self.last
         try:
             results = self._performer.perform(run, mine)
@@ -421,42 +276,19 @@ class Progress:
     def _without(self, rank: int) -> None:
         """Note that a rank has left, with which nothing begins any more."""
         self.gone.add(rank)
-        if rank == self._rank:
-            return
-        handles: list[Handle[Any]] = []
-        with self._lock:
-            if self._join is not None:
-                handles.append(self._join)
-                self._join = None
-            if rank == 0:
-                handles += self._give_up_uses()
-        for handle in handles:
-            handle.fail(left_error(Call(handle.title, None), [rank]))
-
-    def _give_up_uses(self) -> list[Handle[Any]]:
-        """Take everything off the table; return the handles.  With the lock held."""
-        lost, self._uses = self._uses, {}
-        return [use.handle for uses in lost.values() for use in uses if use is not None]
+        if rank != self._rank:
+            for handle in self._submissions.give_up(all_uses=rank == 0):
+                handle.fail(left_error(Call(handle.title, None), [rank]))
 
     def _leave(self) -> None:
         """End whatever waits for this thread; if it failed, the others hear of it only now.
 
         That a rank is lost they hear from the transport, each by itself.
         """
-        with self._lock:
-            self._closing = True
-            handles: list[Handle[Any]] = self._give_up_uses()
-            if self._join is not None:
-                handles.append(self._join)
-                self._join = None
-        error = self._failure or NotInitializedError(
-            "hvdkit was shut down before the operation began"
-        )
+        handles, failure = self._submissions.end(), self._submissions.failure
+        error = failure or NotInitializedError("hvdkit was shut down before the operation began")
         for handle in handles:
             handle.fail(error)
-        if self._failure is not None and not isinstance(self._failure, PeerError):
+        if failure is not None and not isinstance(failure, PeerError):
             with suppress(Exception):
-                if self._coordinator is None:
-                    self.post(0, Announcement(leaving=True))
-                else:
-                    self.publish([Left(self._members[0], 0)])
+                self._announcer.resign()

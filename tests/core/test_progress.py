@@ -245,7 +245,7 @@ def test_no_join_is_slept_through():
 def test_no_new_process_set_is_slept_through():
     """Rank 0 may hear of an operation in it before it knows the set."""
     with Job(2, [(1,)]) as job:
-        members = job.progress[0]._members
+        members = job.progress[0]._submissions._members
         for _ in range(100):
             del members[1]
             handle = start(job, 1, "x", 5, number=1)
@@ -475,9 +475,9 @@ def test_names_that_are_used_once_leave_nothing_behind(monkeypatch):
         job.on_ranks(body)
         assert_in_step(job)
         for progress in job.progress:
-            assert len(progress._told) <= 16
-            assert not progress._uses
-            assert not progress._submitted
+            assert len(progress._announcer._told) <= 16
+            assert not progress._submissions._uses
+            assert not progress._submissions._submitted
 
 
 def test_a_process_set_is_in_use_while_something_is_under_way_in_it():
