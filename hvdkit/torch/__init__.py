@@ -64,22 +64,23 @@ from hvdkit.queries import (
     rocm_built,
 )
 from hvdkit.torch.all_reduce import allreduce, allreduce_, grouped_allreduce, grouped_allreduce_
-from hvdkit.torch.asynchronous import (
-    allgather_async,
+from hvdkit.torch.asynchronous.all_reduce import (
     allreduce_async,
     allreduce_async_,
+    grouped_allreduce_async,
+    grouped_allreduce_async_,
+)
+from hvdkit.torch.asynchronous.handles import poll, synchronize
+from hvdkit.torch.asynchronous.movements import (
+    allgather_async,
     alltoall_async,
     broadcast_async,
     broadcast_async_,
     grouped_allgather_async,
-    grouped_allreduce_async,
-    grouped_allreduce_async_,
     grouped_reducescatter_async,
-    poll,
     reducescatter_async,
-    sparse_allreduce_async,
-    synchronize,
 )
+from hvdkit.torch.asynchronous.sparse import sparse_allreduce_async
 from hvdkit.torch.collectives import barrier, join
 from hvdkit.torch.compression import Compression
 from hvdkit.torch.movements import (

@@ -25,7 +25,8 @@ from hvdkit.dtypes import Average, ReduceOp
 from hvdkit.engine.communicator import Communicator
 from hvdkit.engine.compression import Compressor
 from hvdkit.process_sets import ProcessSet, global_process_set
-from hvdkit.torch.asynchronous import sparse_allreduce_async, synchronize
+from hvdkit.torch.asynchronous.handles import synchronize
+from hvdkit.torch.asynchronous.sparse import sparse_allreduce_async
 from hvdkit.torch.convert import tensor_of
 from hvdkit.torch.hooks import Hooks, Watch
 from hvdkit.torch.parameters import described, inverse, memory_order

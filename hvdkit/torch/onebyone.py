@@ -10,7 +10,8 @@ import torch
 from hvdkit.api import communicator
 from hvdkit.engine.agreement import agree_on_gradients
 from hvdkit.errors import InFlightError
-from hvdkit.torch.asynchronous import TensorHandle, allreduce_async, synchronize
+from hvdkit.torch.asynchronous.all_reduce import allreduce_async
+from hvdkit.torch.asynchronous.handles import TensorHandle, synchronize
 from hvdkit.torch.gradients import Settings, label
 from hvdkit.torch.hooks import Hooks, Watch
 from hvdkit.torch.parameters import described

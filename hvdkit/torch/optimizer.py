@@ -16,7 +16,8 @@ from hvdkit.engine.wishes import check_groups, check_passes, gradient_op, places
 from hvdkit.errors import ArgumentError, InFlightError
 from hvdkit.process_sets import ProcessSet, global_process_set
 from hvdkit.torch.all_reduce import allreduce
-from hvdkit.torch.asynchronous import grouped_allreduce_async, synchronize
+from hvdkit.torch.asynchronous.all_reduce import grouped_allreduce_async
+from hvdkit.torch.asynchronous.handles import synchronize
 from hvdkit.torch.compression import Compression, single_compressor
 from hvdkit.torch.gradients import Gradients, Settings
 from hvdkit.torch.onebyone import OneByOne

@@ -14,8 +14,10 @@ from hvdkit.engine.reducer import GradientReducer
 
 torch = pytest.importorskip("torch")
 
+import hvdkit.torch as hvd  # noqa: E402
 from core.fake_cuda import DEVICE, Gpu, GpuError, OnDevice  # noqa: E402  (torch may be missing)
 from hvdkit.torch import all_reduce, asynchronous, collectives, movements, ports  # noqa: E402
+from hvdkit.torch.asynchronous import starting  # noqa: E402
 from hvdkit.torch.ports import Result, Source  # noqa: E402
 from hvdkit.torch.staging import DeviceBuckets  # noqa: E402
 
@@ -212,7 +214,7 @@ class Lazy(Handle):
 
 @pytest.fixture
 def doubling(monkeypatch):
-    for module in (asynchronous, all_reduce, collectives, movements):
+    for module in (all_reduce, collectives, movements, asynchronous.all_reduce, starting):
         monkeypatch.setattr(module, "communicator", lambda _: Doubling())
 
 
@@ -233,22 +235,22 @@ def test_synchronous_operations(gpu, stream):
 @pytest.mark.usefixtures("doubling")
 def test_asynchronous_operations(gpu):
     tensor, on_host = computed(gpu, [1.0, 2.0]), torch.tensor([3.0])
-    new = asynchronous.allreduce_async(tensor + 0, name="a")
-    both = asynchronous.grouped_allreduce_async([tensor, on_host], name="b")
-    gathered = asynchronous.allgather_async(tensor, name="c")
-    in_place = asynchronous.allreduce_async_(tensor, name="d")
-    assert gpu.value(asynchronous.synchronize(new) + 1).tolist() == [3, 5]
-    first, second = asynchronous.synchronize(both)
+    new = hvd.allreduce_async(tensor + 0, name="a")
+    both = hvd.grouped_allreduce_async([tensor, on_host], name="b")
+    gathered = hvd.allgather_async(tensor, name="c")
+    in_place = hvd.allreduce_async_(tensor, name="d")
+    assert gpu.value(hvd.synchronize(new) + 1).tolist() == [3, 5]
+    first, second = hvd.synchronize(both)
     assert (gpu.value(first + 1).tolist(), second.tolist()) == ([3, 5], [6])
-    assert gpu.value(asynchronous.synchronize(gathered) + 1).tolist() == [3, 5]
-    assert asynchronous.synchronize(in_place) is tensor
+    assert gpu.value(hvd.synchronize(gathered) + 1).tolist() == [3, 5]
+    assert hvd.synchronize(in_place) is tensor
     assert gpu.value(tensor + 1).tolist() == [3, 5]
 
 
 @pytest.mark.usefixtures("doubling")
 def test_a_lazy_conjugate_cannot_be_changed_in_place(gpu):
     lazy = OnDevice.of(torch.tensor([1 + 2j]).conj(), gpu.tensor(torch.zeros(1)).lease)
-    for reduce in (all_reduce.allreduce_, asynchronous.allreduce_async_):
+    for reduce in (all_reduce.allreduce_, hvd.allreduce_async_):
         with pytest.raises(TypeError, match="lazy conjugate"):
             reduce(lazy)
 
