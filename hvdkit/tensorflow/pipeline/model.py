@@ -12,8 +12,8 @@ import numpy as np
 import tensorflow as tf
 
 from hvdkit.api import context
-from hvdkit.dtypes import Average, Max
-from hvdkit.errors import ArgumentError, UnsupportedError
+from hvdkit.dtypes import Max
+from hvdkit.errors import UnsupportedError
 from hvdkit.parallel import checkpoint
 from hvdkit.parallel.mesh import DATA, PIPELINE, Mesh
 from hvdkit.parallel.partition import Partition
@@ -22,14 +22,16 @@ from hvdkit.parallel.pipeline.pipeline import Pipeline
 from hvdkit.parallel.pipeline.split import Wishes, split_layers
 from hvdkit.parallel.pipeline.ties import Tie, check_ties, merged
 from hvdkit.tensorflow.convert import array_of, variable_of
-from hvdkit.tensorflow.gradients import Reduction, Settings
-from hvdkit.tensorflow.pipeline.batches import joined, rows_of, sizes_of, split
+from hvdkit.tensorflow.gradients import Reduction
+from hvdkit.tensorflow.pipeline.batches import joined
 from hvdkit.tensorflow.pipeline.layers import Layer, inputs_and_layers, names_of
-from hvdkit.tensorflow.pipeline.saving import arrays_of, assign, once_of, slots_of
+from hvdkit.tensorflow.pipeline.microbatches import Microbatch, cut
+from hvdkit.tensorflow.pipeline.replicas import start_alike
+from hvdkit.tensorflow.pipeline.saving import arrays_of, assign, held_by
 from hvdkit.tensorflow.pipeline.splitting import measured, of_rank, survey
 from hvdkit.tensorflow.pipeline.ties import Ties
-from hvdkit.tensorflow.pipeline.worker import Loss, Microbatch, Stage, TensorFlowWorker, unique
-from hvdkit.tensorflow.state import broadcast_variables
+from hvdkit.tensorflow.pipeline.updating import Updates, are_finite, scaled, spoil, sum_of_squares
+from hvdkit.tensorflow.pipeline.worker import Loss, Stage, TensorFlowWorker, unique
 
 
 class PipelineModel:
@@ -140,8 +142,10 @@ class PipelineModel:
         check_ties(ties, {name: s for seen in known.seen for name, s in seen.shapes.items()})
         holders = pipeline.holders(ties, self.partition)
         self._ties = Ties(ties, holders, self.named_variables(), self.mesh.rank)
-        self._reduction = self._start_alike()
-        self._updates: dict[int, tuple[Any, Callable[..., Any]]] = {}
+        self._reduction: Reduction | None = None
+        if pipeline.replicated:
+            self._reduction = start_alike(list(self.layers.values()), self.mesh)
+        self._updates = Updates()
         self.gradients: list[Any] = [None] * len(self.trainable_variables)
         """Of `trainable_variables`, after a step; of one that has no part in the loss, None."""
 
@@ -154,25 +158,6 @@ class PipelineModel:
             arriving=[edge.label for edge in skips if edge.target == number],
             leaving=[edge.label for edge in skips if edge.source == number],
         )
-
-    def _start_alike(self) -> Reduction | None:
-        """Give the ranks along ``data`` the same weights; return what averages gradients there.
-
-        Random layers draw from a state of their own on each: the rows are others.
-        """
-        if not self._pipeline.replicated:
-            return None
-        process_set = self.mesh.process_set(DATA)
-        weights = [weight for layer in self.layers.values() for weight in layer.weights]
-        root = self.mesh.rank_at(**{DATA: 0})
-        if weights:
-            broadcast_variables(unique(weights), root, process_set)
-        same = {id(weight) for weight in weights}
-        for variable in self.variables:
-            if id(variable) not in same and variable.name == "seed_generator_state":
-                place = tf.constant([self.mesh.place(DATA), 0], variable.dtype)
-                variable.assign(variable.value + place)
-        return Reduction(Settings.of(op=Average, process_set=process_set))
 
     @property
     def variables(self) -> list[Any]:
@@ -286,22 +271,9 @@ class PipelineModel:
         return batches
 
     def _cut(self, inputs: Any, target: Any) -> list[Microbatch]:
-        """Return microbatches, which have what this rank's stages need."""
-        rows = rows_of(inputs)
-        if target is not None and rows_of(target) != rows:
-            raise ArgumentError(f"inputs of {rows} rows have a target of {rows_of(target)}")
-        sizes = sizes_of(rows, min(self._pipeline.microbatches, rows))
-        nothing = [None] * len(sizes)
-        first, last = 0 in self._pipeline.mine, self._pipeline.has_last
-        return [
-            Microbatch(part, wanted, size / rows)
-            for part, wanted, size in zip(
-                split(inputs, sizes) if first else nothing,
-                split(target, sizes) if last and target is not None else nothing,
-                sizes,
-                strict=True,
-            )
-        ]
+        pipeline = self._pipeline
+        first, last = 0 in pipeline.mine, pipeline.has_last
+        return cut(inputs, target, pipeline.microbatches, first=first, last=last)
 
     def _total(self) -> float:
         """Return the loss of all microbatches and stages, on every rank."""
@@ -316,17 +288,12 @@ class PipelineModel:
             The 2-norm before, of the whole model's gradients.
         """
         pairs = zip(self.gradients, self.trainable_variables, strict=True)
-        squares = sum(
-            float(tf.reduce_sum(tf.square(tf.cast(gradient, tf.float64))))
-            for gradient, variable in pairs
-            if gradient is not None and id(variable) not in self._ties.copies
+        squares = sum_of_squares(
+            [g for g, v in pairs if g is not None and id(v) not in self._ties.copies]
         )
         norm = float(np.sqrt(self._pipeline.over_stages(squares)))
         if not norm <= max_norm:  # also what is no number, which all ranks then have
-            self.gradients = [
-                None if g is None else g * tf.constant(max_norm / norm, g.dtype)
-                for g in self.gradients
-            ]
+            self.gradients = scaled(self.gradients, max_norm / norm)
         return norm
 
     def apply_gradients(self, optimizer: keras.optimizers.Optimizer) -> None:
@@ -335,20 +302,8 @@ class PipelineModel:
         It is compiled, and does nothing on a rank whose layers have no weights; otherwise the same
         as ``optimizer.apply_gradients(zip(model.gradients, model.trainable_variables))``.
         """
-        variables = self.trainable_variables
-        there = {
-            id(variable): gradient
-            for variable, gradient in zip(variables, self.gradients, strict=True)
-            if gradient is not None
-        }
-        if not there:
-            return
-        if not optimizer.built:
-            optimizer.build(variables)
-        if id(optimizer) not in self._updates:
-            update = tf.function(partial(_update, optimizer, self.variables), autograph=False)
-            self._updates[id(optimizer)] = optimizer, update
-        self._updates[id(optimizer)][1](list(there.values()), tuple(there))
+        trained = self.trainable_variables
+        self._updates.apply(optimizer, self.variables, trained, self.gradients)
 
     # Checkpoints
 
@@ -369,7 +324,7 @@ class PipelineModel:
             CheckpointError: a rank could not write; the older checkpoint stays.
             UnsupportedError: the optimizer's state cannot be assigned to the weights.
         """
-        held, once = self._held(optimizer)
+        held, once = held_by(optimizer, self.named_variables(), self.trainable_variables)
         arrays = {} if self.mesh.place(DATA) > 0 else arrays_of(held)
         if not self._writes_once():
             arrays = {name: array for name, array in arrays.items() if name not in once}
@@ -387,28 +342,10 @@ class PipelineModel:
             CheckpointError: it is not there, not whole, or of another model.
         """
         user: dict[str, Any] = checkpoint.read_index(folder).metadata["user"]
-        held, _ = self._held(optimizer)
+        held, _ = held_by(optimizer, self.named_variables(), self.trainable_variables)
         assign(held, checkpoint.load(folder, arrays_of(held)))
         context().world.barrier()  # whoever saves next sweeps away what others still read
         return user
-
-    def _held(
-        self, optimizer: keras.optimizers.Optimizer | None
-    ) -> tuple[dict[str, Any], frozenset[str]]:
-        """Return what is written and read on this rank, by global name; which all have alike."""
-        held = {
-            name: variable
-            for name, variable in self.named_variables().items()
-            if variable.dtype != "string" and "seed_generator" not in name
-        }
-        variables = self.trainable_variables
-        if optimizer is None or not variables:
-            return held, frozenset()
-        if not optimizer.built:
-            optimizer.build(variables)
-        names = {id(variable): name for name, variable in reversed(held.items())}
-        once = once_of(optimizer)
-        return held | slots_of(optimizer, names, variables) | once, frozenset(once)
 
     def _writes_once(self) -> bool:
         """Return whether it is this rank that writes what all have alike.  Collective."""
@@ -417,19 +354,9 @@ class PipelineModel:
 
     def _overflow_alike(self) -> None:
         """Spoil this rank's gradients if another's are spoilt, so that all skip the step."""
-        there = [place for place, g in enumerate(self.gradients) if g is not None]
-        finite = all(
-            bool(tf.reduce_all(tf.math.is_finite(self.gradients[place]))) for place in there
-        )
-        spoilt = self._pipeline.any_stage(not finite)
-        if spoilt and finite and there:
-            first = self.gradients[there[0]]
-            self.gradients[there[0]] = tf.fill(first.shape, tf.cast(np.inf, first.dtype))
-
-
-def _update(optimizer: Any, variables: Any, gradients: Any, wanted: tuple[int, ...]) -> None:
-    by_identity = {id(variable): variable for variable in variables}
-    optimizer.apply(gradients, [by_identity[number] for number in wanted])
+        finite = are_finite(self.gradients)
+        if self._pipeline.any_stage(not finite) and finite:
+            spoil(self.gradients)
 
 
 def _check_eager() -> None:

@@ -20,6 +20,7 @@ from hvdkit.parallel.pipeline.executor import Bundle
 from hvdkit.tensorflow.convert import array_of, tensor_of, variable_of
 from hvdkit.tensorflow.pipeline.batches import Packed, bundle_of, from_bundle, packed, unpacked
 from hvdkit.tensorflow.pipeline.layers import Pop, Stash, arguments_of
+from hvdkit.tensorflow.pipeline.microbatches import Microbatch
 
 #: Of a target and an output, the loss.
 Loss = Callable[[Any, Any], tf.Tensor]
@@ -104,17 +105,6 @@ class Stage:
         if target is None:
             return Results(leaving, x, losses)
         return Results(leaving, None, [tf.reduce_mean(self._loss(target, x)), *losses])
-
-
-@dataclass
-class Microbatch:
-    """What the ends of the pipeline are given of a microbatch, and make of it."""
-
-    inputs: Any
-    target: Any
-    weight: float
-    """Of its loss in that of the whole batch."""
-    output: Any = None
 
 
 @dataclass
