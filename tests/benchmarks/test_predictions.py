@@ -5,28 +5,21 @@ from dataclasses import replace
 import predictions
 import pytest
 import report
+from core.tunings import tuning
 from figures import made_run
 from plots import Series
 from records import PREDICTION, Result, Run, plain_name
 
 from hvdkit.schedules.machine import Level
 from hvdkit.tuning.estimates import Estimates
-from hvdkit.tuning.record import USUAL_LEVELS, Tuning, World
+from hvdkit.tuning.record import USUAL_LEVELS
 
 LEVEL = Level(alpha=1e-5, beta=1e-10, gamma=0.0)
 
 
 def tuned(ranks=2, library="Open MPI v5"):
-    world = World(
-        hvdkit="0.1.0",
-        machines=("m",),
-        nodes=(ranks,),
-        transport="mpi",
-        library=library,
-        kernels="numpy",
-        shared_memory=True,
-    )
-    return Tuning(world=world, levels=replace(USUAL_LEVELS, within=LEVEL, check=(2e-6, 0.0)))
+    levels = replace(USUAL_LEVELS, within=LEVEL, check=(2e-6, 0.0))
+    return tuning([ranks], library=library, levels=levels)
 
 
 def run_as_predicted(ranks, factor=1.0):

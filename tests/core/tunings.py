@@ -36,11 +36,15 @@ def cells(seconds: Mapping[int, float], margin: float = 0.0) -> tuple[Cell, ...]
 
 
 def tuning(
-    nodes: Sequence[int] = (4,), *, allreduce: Mapping[str, Any] | None = None, **parts: Any
+    nodes: Sequence[int] = (4,),
+    *,
+    library: str = WORLD.library,
+    allreduce: Mapping[str, Any] | None = None,
+    **parts: Any,
 ) -> Tuning:
     """Return a tuning for so many ranks on each node, with these times of all-reduces."""
     return Tuning(
-        world=replace(WORLD, nodes=tuple(nodes)),
+        world=replace(WORLD, nodes=tuple(nodes), library=library),
         measured="2026-11-21 12:00",
         hosts=("alpha",),
         levels=parts.pop("levels", LEVELS),

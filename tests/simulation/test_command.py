@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from core.tunings import tuning
 
 from hvdkit.cli import main
 from hvdkit.cli.units import format_seconds, format_size, parse_rate, parse_seconds, parse_size
 from hvdkit.schedules.machine import Level
 from hvdkit.tuning.file import save
-from hvdkit.tuning.record import USUAL_LEVELS, Tuning, World
+from hvdkit.tuning.record import USUAL_LEVELS
 
 SMALL = ("simulate", "allreduce", "--ranks", "8", "--ranks-per-node", "2", "--bytes", "1MB")
 TRAINING = ("simulate", "training", "--layers", "1M,2M,3M", "--flops", "1T")
@@ -141,17 +142,8 @@ def test_what_was_tuned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     """The links cost what the file says, unless an option says otherwise."""
     level = Level(alpha=1e-3, beta=1e-9, gamma=0.0)
     levels = replace(USUAL_LEVELS, within=level, across=level)
-    world = World(
-        hvdkit="0",
-        machines=("m",),
-        nodes=(2,),
-        transport="mpi",
-        library="",
-        kernels="numpy",
-        shared_memory=False,
-    )
     path = tmp_path / "tuning.json"
-    save(path, Tuning(world=world, levels=levels), ())
+    save(path, tuning([2], levels=levels), ())
     words = ["simulate", "allreduce", "--ranks", "2", "--bytes", "1000", "--algorithm", "ring"]
     assert main([*words, "--json", "--tuning", str(path)]) == 0
     (found,) = json.loads(capsys.readouterr().out)
