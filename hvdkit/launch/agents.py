@@ -47,6 +47,8 @@ class Task:
     """What must be there, besides the program."""
     raw: bool = False
     """The program writes records by itself, as mpirun does with the agents that it starts."""
+    python: str = sys.executable
+    """What the agent itself runs in."""
 
 
 class Agent:
@@ -65,7 +67,7 @@ class Agent:
         self.reason: list[str] = []
         self.met_a_killed_mpirun = False
         self._partial: dict[IO[bytes], bytes] = {}
-        boot = [sys.executable, "-c", _BOOT]
+        boot = [task.python, "-c", _BOOT]
         line = [*reach, "exec " + shlex.join(boot)] if reach else boot
         try:
             self.process = subprocess.Popen(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import select
 import shutil
 import signal
@@ -67,8 +68,7 @@ def main() -> int:
         ended = how_it_ended(status)
         early = " before its function returned" if status >= 0 else ""
         leave_note(directory, rank, ended + early)
-        # Hydra does not end the ranks of other hosts for a mere status.
-        os.kill(guard, signal.SIGKILL)
+        return _end_alike(status)
     return status if status >= 0 else 128 - status
 
 
@@ -144,6 +144,23 @@ def _be_the_rank(task: dict[str, Any], rank: int, tell: int) -> int:
         show_errors=bool(task["output"]),
     )
     return 0
+
+
+def _end_alike(status: int) -> int:
+    """End this process as its rank has ended, for launchers tell how; return its exit status.
+
+    A launcher takes status 0 for success, which it was not.  Hydra does not end the ranks of other
+    hosts for a mere status: under it the guard is killed in any case.
+    """
+    by_hydra = not {"HVDKIT_RANK", "OMPI_COMM_WORLD_RANK"} & set(os.environ)
+    if status >= 0 and not by_hydra:
+        return status or 1
+    number = signal.SIGKILL if status >= 0 else -status
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the rank has dumped its own
+    if number != signal.SIGKILL:
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    return 128 + number
 
 
 def _redirect(place: Path) -> None:

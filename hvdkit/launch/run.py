@@ -18,7 +18,14 @@ from hvdkit.launch import guard, mpirun
 from hvdkit.launch.job import Job, read_results, unwinding_on_sigterm
 from hvdkit.launch.mpirun import Host, Mpirun, parse_hostfile, parse_hosts
 from hvdkit.launch.parcel import pack
-from hvdkit.launch.start import SHELL, Launch, find_mpi, mpirun_line, remote_shell
+from hvdkit.launch.start import (
+    SHELL,
+    Launch,
+    check_hosts,
+    find_mpi,
+    mpirun_line,
+    remote_shell,
+)
 
 R = TypeVar("R")
 
@@ -111,7 +118,8 @@ def run(
     Raises:
         JobError: a rank raised, was killed or ended early: its ``rank``, and its traceback; or the
             job took longer than `timeout`.  All ranks have been ended.
-        LauncherError: no mpirun, or one that is not known, or the ranks did not start.
+        LauncherError: no mpirun, or one that is not known; hosts cannot take part; or the ranks
+            did not start.
         ArgumentError: an argument is out of range.
         UnsupportedError: `func` or its arguments cannot be pickled; or a parameter of Horovod's
             is set that cannot be honoured.
@@ -128,8 +136,9 @@ def run(
     wanted = {**os.environ, **(env or {})}
     more = shlex.split(mpi_args) if isinstance(mpi_args, str) else mpi_args or ()
     found = _choose(python, wanted, tcp=use_tcp or use_gloo, mpi=use_mpi or bool(more))
+    starter = python, guard.__file__
     launch = Launch(
-        command=(),
+        command=starter,
         size=size,
         hosts=places,
         settings=env or {},
@@ -138,11 +147,15 @@ def run(
         remote_shell=remote_shell(wanted.get(SHELL), ssh_port, ssh_identity_file),
         mpi_arguments=tuple(more),
     )
-    line, variables = _hvdrun_line(launch) if found is None else mpirun_line(launch, found)
+    if found is None:
+        line, variables = _hvdrun_line(launch)  # it checks the hosts itself
+    else:
+        line, variables = mpirun_line(launch, found)
+        check_hosts(launch, variables, starter)
     with unwinding_on_sigterm(), _private_directory() as directory:
         (directory / "call").write_bytes(pickle.dumps(parcel))
         task = _task(directory, size, output_filename, same_python=python == sys.executable)
-        line += [python, guard.__file__, json.dumps(task)]
+        line += [*starter, json.dumps(task)]
         if verbose:
             sys.stderr.write(f"hvdkit: {shlex.join(line)}\n")
         sys.stdout.flush()

@@ -147,6 +147,37 @@ def mpirun_line(launch: Launch, found: Mpirun) -> tuple[list[str], dict[str, str
     return line, variables
 
 
+def check_hosts(launch: Launch, environment: Mapping[str, str], starter: Sequence[str]) -> None:
+    """Check that all hosts can be reached and have the program.
+
+    Args:
+        launch: the program and the hosts.
+        environment: mpirun's.
+        starter: a Python and its file, which mpirun starts on each host for a rank.
+
+    Raises:
+        ArgumentError: this host lacks the program; or the hosts have too few slots.
+        LauncherError: other hosts cannot be reached or lack something; names them.
+    """
+    python, file = starter
+    places = hosts.place(launch.hosts, launch.size) if launch.hosts else ()
+    sent = {name: text for name, text in environment.items() if mpirun.travels(name)}
+    files = [*_files(launch.command), file]
+    agents = [
+        Agent(
+            Task(place.host, launch.command, (), sent, files, python=python),
+            _reach(launch, place.host),
+            os.environ,
+        )
+        for place in places
+        if not hosts.is_here(place.host)
+    ]
+    with Team(agents, 0, Display.nowhere()) as team:
+        team.check(launch.start_timeout)
+    if not places or len(agents) < len(places):
+        _check_here(launch.command, environment)
+
+
 def start_by_mpirun(launch: Launch, found: Mpirun, display: Display) -> tuple[int, str | None]:
     """Start the ranks by mpirun; return when the job has ended.
 
@@ -158,14 +189,11 @@ def start_by_mpirun(launch: Launch, found: Mpirun, display: Display) -> tuple[in
         LauncherError: a host cannot take part; nothing was started.
         UnsupportedError: MPICH was given several interfaces.
     """
-    relay = [sys.executable, agent.__file__, "--"]
-    if launch.hosts:
-        _check_others(launch, hosts.place(launch.hosts, launch.size))
+    relay = sys.executable, agent.__file__
     line, variables = mpirun_line(launch, found)
-    line += [*relay, *launch.command]
+    line += [*relay, "--", *launch.command]
     launch.say(shlex.join(line))
-    if not launch.hosts or any(hosts.is_here(host) for host, _ in launch.hosts):
-        _check_here(launch.command, variables)
+    check_hosts(launch, variables, relay)
     task = Task("this host", line, [(0, {})], raw=True)
     with Team([Agent(task, (), variables)], launch.size, display) as team:
         team.check(launch.start_timeout)
@@ -185,28 +213,6 @@ def _agent_of(
     sent = {name: text for name, text in inherited.items() if mpirun.travels(name)}
     task = Task(place.host, launch.command, ranks, {**sent, **common}, _files(launch.command))
     return Agent(task, _reach(launch, place.host), os.environ)
-
-
-def _check_others(launch: Launch, places: Sequence[Place]) -> None:
-    """Check that all other hosts can be reached and have the program.
-
-    Raises:
-        LauncherError: some do not; names them.
-    """
-    inherited = mpirun.without_launchers(os.environ)
-    sent = {name: text for name, text in inherited.items() if mpirun.travels(name)}
-    files = [*_files(launch.command), agent.__file__]
-    agents = [
-        Agent(
-            Task(place.host, launch.command, (), sent, files),
-            _reach(launch, place.host),
-            os.environ,
-        )
-        for place in places
-        if not hosts.is_here(place.host)
-    ]
-    with Team(agents, 0, Display.nowhere()) as team:
-        team.check(launch.start_timeout)
 
 
 def _reach(launch: Launch, host: str) -> list[str]:

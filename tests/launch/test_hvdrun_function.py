@@ -1,6 +1,7 @@
 """`run` over TCP: plain processes in the place of mpirun's."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -60,6 +61,10 @@ def be_killed():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def exit_at_once():
+    os._exit(4)
+
+
 def inner(value):
     hvd.init()
     return value, hvd.rank(), hvd.size()
@@ -98,30 +103,62 @@ def test_a_job_within_a_job(inside):
 
 
 @pytest.mark.parametrize(
-    ("how", "what"),
+    ("how", "what", "said"),
     [
-        (raise_an_error, "rank 1 of 3 raised ZeroDivisionError: the loss of rank 1\n"),
-        (be_killed, "rank 1 of 3 was killed by signal 9 (SIGKILL)"),
+        (
+            raise_an_error,
+            "rank 1 of 3 raised ZeroDivisionError: the loss of rank 1\n",
+            "ended with status 1",
+        ),
+        (be_killed, "rank 1 of 3 was killed by signal 9 (SIGKILL)", "was killed by signal 9"),
+        (exit_at_once, "rank 1 of 3 ended with status 4 before its", "ended with status 4\n"),
     ],
 )
-def test_a_rank_that_fails_is_named_and_ends_the_others(tmp_path, how, what):
+def test_a_rank_that_fails_is_named_and_ends_the_others(tmp_path, capfd, how, what, said):
+    """hvdrun says the same of its end as the error does."""
     began = time.monotonic()
     with pytest.raises(JobError) as error:
         run(end_on_rank_1, (tmp_path, how), np=3, use_tcp=True)
     assert time.monotonic() - began < SECONDS
     assert error.value.rank == 1
     assert str(error.value).startswith(what)
+    stderr = capfd.readouterr().err
+    assert re.search(rf"^hvdrun: rank 1 of 3 on \S+ {said}", stderr, re.MULTILINE), stderr
+    assert stderr.count("hvdrun:") == 1
     assert_ended(tmp_path)
 
 
-def test_a_host_that_cannot_be_reached(monkeypatch, tmp_path, capfd):
+@pytest.fixture
+def rsh(monkeypatch, tmp_path):
+    """Hosts n1, n2, ... are this one, and there are no others."""
     agent = tmp_path / "agent"
-    agent.write_text("#!/bin/sh\necho no route to $1 >&2; exit 255\n")
+    agent.write_text(
+        '#!/bin/sh\ncase $1 in n*) shift; exec sh -c "$*";; esac\n'
+        "echo no route to $1 >&2; exit 255\n"
+    )
     agent.chmod(0o755)
     monkeypatch.setenv("HVDKIT_RSH", str(agent))
+
+
+@pytest.mark.usefixtures("rsh")
+def test_a_host_that_cannot_be_reached(capfd):
     with pytest.raises(hvd.LauncherError, match="hvdrun ended with status 2 before all 2 ranks"):
         run(surroundings, np=2, use_tcp=True, hosts="localhost:1,far:1")
     assert "far: cannot be reached (no route to far)" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("rsh")
+def test_over_mpi_hosts_are_checked_before_mpirun_is_started(monkeypatch, capfd):
+    with pytest.raises(hvd.LauncherError) as error:
+        run(surroundings, np=3, use_mpi=True, hosts="localhost:1,far:1,n1:1")
+    assert str(error.value) == (
+        "nothing was started, because these hosts cannot take part:\n"
+        "  far: cannot be reached (no route to far)"
+    )
+    monkeypatch.setattr("hvdkit.launch.guard.__file__", "/nowhere/guard.py")
+    with pytest.raises(hvd.LauncherError, match=r"n1: there is no file '/nowhere/guard.py'"):
+        run(surroundings, np=2, use_mpi=True, hosts="localhost:1,n1:1")
+    assert capfd.readouterr().err == ""
 
 
 def test_a_launcher_that_is_killed_takes_its_ranks_along(tmp_path, directories):

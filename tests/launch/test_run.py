@@ -18,6 +18,7 @@ from launching import end_group
 import hvdkit as hvd
 from hvdkit.launch import JobError, run
 from hvdkit.launch.guard import folder_name
+from hvdkit.launch.mpirun import find_mpirun, identify
 
 from .helpers import REPOSITORY, is_running, plain_environment, wait_for
 
@@ -37,6 +38,11 @@ def directories(tmp_path, monkeypatch):
 @pytest.fixture
 def without_cloudpickle(monkeypatch):
     monkeypatch.setitem(sys.modules, "cloudpickle", None)
+
+
+def hydra():
+    """Return whether mpirun is MPICH's, which tells of a mere status to no other host."""
+    return identify(find_mpirun()).open_mpi is None
 
 
 def assert_ended(folder):
@@ -87,6 +93,10 @@ def be_killed():
 
 def exit_at_once():
     os._exit(0)
+
+
+def exit_with_a_status():
+    os._exit(4)
 
 
 def exit_after_the_result():
@@ -183,9 +193,10 @@ def test_a_script_without_cloudpickle_and_without_a_guard_does_not_start_itself(
         (raise_an_error, "rank 1 of 3 raised ZeroDivisionError: the loss of rank 1\n"),
         (be_killed, "rank 1 of 3 was killed by signal 9 (SIGKILL)"),
         (exit_at_once, "rank 1 of 3 ended with status 0 before its function returned"),
+        (exit_with_a_status, "rank 1 of 3 ended with status 4 before its function returned"),
     ],
 )
-def test_a_rank_that_fails_is_named_and_ends_the_others(tmp_path, how, what):
+def test_a_rank_that_fails_is_named_and_ends_the_others(tmp_path, capfd, how, what):
     began = time.monotonic()
     with pytest.raises(JobError) as error:
         run(end_on_rank_1, (tmp_path, how), np=3)
@@ -198,6 +209,8 @@ def test_a_rank_that_fails_is_named_and_ends_the_others(tmp_path, how, what):
         assert "in raise_an_error" in message
         assert message.index("Traceback") == len(what) + 1
         assert "worker.py" not in message
+    if how is not be_killed and not hydra():
+        assert "signal 9" not in capfd.readouterr().err
     assert_ended(tmp_path)
 
 
