@@ -7,6 +7,8 @@
 Importing it starts nothing; ``init()`` does.
 """
 
+from typing import TYPE_CHECKING, NoReturn
+
 from hvdkit.api import (
     add_process_set,
     cross_rank,
@@ -56,6 +58,7 @@ from hvdkit.errors import (
     InFlightError,
     LauncherError,
     MismatchError,
+    MissingError,
     NotInitializedError,
     PeerError,
     ScheduleError,
@@ -64,6 +67,7 @@ from hvdkit.errors import (
 )
 from hvdkit.launch.job import JobError
 from hvdkit.launch.run import run
+from hvdkit.missing import refuse_name
 from hvdkit.parallel.mesh import Mesh
 from hvdkit.process_sets import (
     ProcessSet,
@@ -71,6 +75,7 @@ from hvdkit.process_sets import (
 )
 from hvdkit.queries import (
     ccl_built,
+    check_extension,
     cuda_built,
     ddl_built,
     gloo_built,
@@ -83,6 +88,13 @@ from hvdkit.queries import (
     rocm_built,
 )
 from hvdkit.version import __version__
+
+if not TYPE_CHECKING:  # to a type checker any name would be known
+
+    def __getattr__(name: str) -> NoReturn:
+        """Say what to do without it, if it is something of Horovod's."""
+        refuse_name(__name__, name)
+
 
 __all__ = [
     "Adasum",
@@ -99,6 +111,7 @@ __all__ = [
     "Mesh",
     "Min",
     "MismatchError",
+    "MissingError",
     "NotInitializedError",
     "PeerError",
     "ProcessSet",
@@ -120,6 +133,7 @@ __all__ = [
     "broadcast_",
     "broadcast_object",
     "ccl_built",
+    "check_extension",
     "cross_rank",
     "cross_size",
     "cuda_built",

@@ -49,6 +49,10 @@ class StallError(HorovodInternalError):
     """Ranks wait for one that does not come: longer than allowed, or for each other for ever."""
 
 
+class MissingError(HvdkitError, AttributeError):
+    """A script asks for something of Horovod's that hvdkit does not have."""
+
+
 class CheckpointError(HvdkitError, RuntimeError):
     """A checkpoint cannot be written, or is missing, damaged, newer, or not what was asked for."""
 

@@ -11,6 +11,8 @@ import importlib.util
 
 from hvdkit import api
 
+_FRAMEWORKS = ("torch", "tensorflow", "keras")
+
 
 def mpi_built() -> bool:
     """Return whether ranks can speak MPI: whether mpi4py is installed.  Local; starts no MPI."""
@@ -67,6 +69,25 @@ def cuda_built() -> bool:
 def rocm_built() -> bool:
     """Return False: no kernel of hvdkit runs on a GPU."""
     return False
+
+
+def check_extension(ext_name: str, *_: str) -> None:
+    """Return if the framework of Horovod's extension `ext_name` is installed.  Local; loads none.
+
+    Nothing of hvdkit is compiled against a framework, so that there is no more to check.
+
+    Args:
+        ext_name: such as ``"horovod.torch"``.
+        _: how Horovod's is built, and where it would lie.
+
+    Raises:
+        ImportError: it is not, or hvdkit does not support it.
+    """
+    framework = ext_name.rpartition(".")[2]
+    if framework not in _FRAMEWORKS:
+        raise ImportError(f"hvdkit has nothing for {ext_name}; for {', '.join(_FRAMEWORKS)} it has")
+    if importlib.util.find_spec(framework) is None:
+        raise ImportError(f"{framework} is not installed, which {ext_name} needs")
 
 
 def is_homogeneous() -> bool:

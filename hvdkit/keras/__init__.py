@@ -4,6 +4,8 @@ A `DistributedOptimizer` for every optimizer of Keras, callbacks for ``fit``, an
 values; with Keras's TensorFlow backend or its torch backend, whichever is set.
 """
 
+from typing import TYPE_CHECKING, NoReturn
+
 from hvdkit.api import (
     add_process_set,
     cross_rank,
@@ -38,6 +40,7 @@ from hvdkit.errors import (
     InFlightError,
     LauncherError,
     MismatchError,
+    MissingError,
     NotInitializedError,
     PeerError,
     StallError,
@@ -59,6 +62,7 @@ from hvdkit.keras.values import (
     reducescatter,
 )
 from hvdkit.launch.run import run
+from hvdkit.missing import refuse_name
 from hvdkit.process_sets import (
     ProcessSet,
     global_process_set,
@@ -77,6 +81,13 @@ from hvdkit.queries import (
     rocm_built,
 )
 
+if not TYPE_CHECKING:  # to a type checker any name would be known
+
+    def __getattr__(name: str) -> NoReturn:
+        """Say what to do without it, if it is something of Horovod's."""
+        refuse_name(__name__, name)
+
+
 __all__ = [
     "Adasum",
     "ArgumentError",
@@ -91,6 +102,7 @@ __all__ = [
     "Max",
     "Min",
     "MismatchError",
+    "MissingError",
     "NotInitializedError",
     "PartialDistributedOptimizer",
     "PeerError",

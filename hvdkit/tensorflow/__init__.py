@@ -40,12 +40,14 @@ from hvdkit.errors import (
     HvdkitError,
     LauncherError,
     MismatchError,
+    MissingError,
     NotInitializedError,
     PeerError,
     StallError,
     UnsupportedError,
 )
 from hvdkit.launch.run import run
+from hvdkit.missing import refuse_name
 from hvdkit.parallel.mesh import Mesh
 from hvdkit.process_sets import (
     ProcessSet,
@@ -53,6 +55,7 @@ from hvdkit.process_sets import (
 )
 from hvdkit.queries import (
     ccl_built,
+    check_extension,
     cuda_built,
     ddl_built,
     gloo_built,
@@ -105,7 +108,7 @@ _WITH_KERAS = {
 def __getattr__(name: str) -> Any:
     """Import what was not imported at first."""
     if name not in _WITH_KERAS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        refuse_name(__name__, name)
     return getattr(importlib.import_module(_WITH_KERAS[name]), name)
 
 
@@ -125,6 +128,7 @@ __all__ = [
     "Mesh",
     "Min",
     "MismatchError",
+    "MissingError",
     "NotInitializedError",
     "PartialDistributedGradientTape",
     "PeerError",
@@ -151,6 +155,7 @@ __all__ = [
     "broadcast_object_fn",
     "broadcast_variables",
     "ccl_built",
+    "check_extension",
     "cross_rank",
     "cross_size",
     "cuda_built",

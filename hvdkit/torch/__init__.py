@@ -4,6 +4,8 @@ The collectives on CPU tensors without copying them, and on CUDA tensors; by nam
 a `DistributedOptimizer` that averages gradients in buckets while backward still runs.
 """
 
+from typing import TYPE_CHECKING, NoReturn
+
 from hvdkit.api import (
     add_process_set,
     cross_rank,
@@ -39,12 +41,14 @@ from hvdkit.errors import (
     InFlightError,
     LauncherError,
     MismatchError,
+    MissingError,
     NotInitializedError,
     PeerError,
     StallError,
     UnsupportedError,
 )
 from hvdkit.launch.run import run
+from hvdkit.missing import refuse_name
 from hvdkit.parallel.mesh import Mesh
 from hvdkit.process_sets import (
     ProcessSet,
@@ -52,6 +56,7 @@ from hvdkit.process_sets import (
 )
 from hvdkit.queries import (
     ccl_built,
+    check_extension,
     cuda_built,
     ddl_built,
     gloo_built,
@@ -97,6 +102,13 @@ from hvdkit.torch.pipeline import PipelineModule, Pop, Stash
 from hvdkit.torch.state import broadcast_optimizer_state, broadcast_parameters
 from hvdkit.torch.sync_batch_norm import SyncBatchNorm
 
+if not TYPE_CHECKING:  # to a type checker any name would be known
+
+    def __getattr__(name: str) -> NoReturn:
+        """Say what to do without it, if it is something of Horovod's."""
+        refuse_name(__name__, name)
+
+
 __all__ = [
     "Adasum",
     "ArgumentError",
@@ -113,6 +125,7 @@ __all__ = [
     "Mesh",
     "Min",
     "MismatchError",
+    "MissingError",
     "NotInitializedError",
     "PeerError",
     "PipelineModule",
@@ -144,6 +157,7 @@ __all__ = [
     "broadcast_optimizer_state",
     "broadcast_parameters",
     "ccl_built",
+    "check_extension",
     "cross_rank",
     "cross_size",
     "cuda_built",

@@ -38,6 +38,16 @@ def test_what_there_is_not(name):
     assert getattr(queries, name)() is False
 
 
+def test_an_extension_is_there_if_its_framework_is(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(__spec__="found"))
+    queries.check_extension("horovod.torch", "HOROVOD_WITH_PYTORCH", __file__, "mpi_lib_v2")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ImportError, match=r"torch is not installed, which horovod.torch needs"):
+        queries.check_extension("horovod.torch", "HOROVOD_WITH_PYTORCH", __file__, "mpi_lib_v2")
+    with pytest.raises(ImportError, match=r"nothing for horovod.mxnet"):
+        queries.check_extension("horovod.mxnet", "HOROVOD_WITH_MXNET", __file__, "mpi_lib")
+
+
 def test_nccl_version_is_a_number():
     """Horovod's scripts compare it: ``hvd.nccl_built() >= 21000``."""
     assert queries.nccl_built() == 0
