@@ -17,6 +17,7 @@ from hvdkit.context import Context
 from hvdkit.endings import LastWords
 from hvdkit.engine.communicator import Communicator
 from hvdkit.errors import ArgumentError, NotInitializedError
+from hvdkit.logs import begin_logging, end_logging
 from hvdkit.process_sets import ProcessSet
 
 #: What `context` returns; None outside a job.
@@ -49,6 +50,7 @@ def init(comm: Any = None, process_sets: Sequence[ProcessSet] | str | None = Non
         return
     known = () if process_sets is None or isinstance(process_sets, str) else process_sets
     current = Context(comm, Config.from_environment(os.environ), known)
+    begin_logging(current)
     if current.group.size > 1:
         _last_words = LastWords(current)
         _last_words.install()
@@ -66,6 +68,7 @@ def shutdown() -> None:
         _last_words = None
     atexit.unregister(_leave)
     leaving.close()
+    end_logging()
 
 
 def _leave(process: int) -> None:

@@ -70,7 +70,6 @@ class Context:
         self._transport: JobTransport = opened.transport
         # When a rank of MPI's is lost, its launcher ends the others; over TCP they see to it.
         self._look = opened.transport.incoming if opened.kind == "tcp" else None
-        log.info("rank %d joined %s", self._transport.rank, self.joined)
         self._check_same_configuration()
         self._local, topology = self._transport.split_by_node()
         self.topology: Topology = topology

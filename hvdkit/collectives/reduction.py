@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from hvdkit.collectives.repeat import Bound
 from hvdkit.dtypes import DTYPE_CODES, DTYPES, ReduceOp, as_op, check_supported
 from hvdkit.errors import ArgumentError, HvdkitError
 from hvdkit.transport.device import Memory
+
+log = logging.getLogger("hvdkit")
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ def plan_reduction(
         except HvdkitError as exc:
             group.refuse(kind, name, exc)
         group.keep(key, plan)
+        if group.rank == 0:
+            log.debug("%s of %d bytes runs by %s", plan.call.title, plan.nbytes, plan.algorithm)
     return plan
 
 
