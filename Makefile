@@ -6,6 +6,7 @@
 # make tune; make bench-report; make bench-compare OLD=FOLDER NEW=results; make figures
 # MPI=openmpi (default) or mpich; RANKS="2 4" for tests and benchmarks
 # SIZES="4 1MiB" ALGORITHMS="ring tree" PEERS="mpi gloo" DTYPE=float16 TURNS=21 SHORT=1 for benchmarks
+# LINKS="1 Gbit/s; unlimited" LAYOUTS="2 x 2; 3 x 1" TRANSPORTS="mpi tcp" for bench-hosts
 #
 # Each MPI has an environment of its own, .venv-openmpi or .venv-mpich, made when it is first needed.
 
@@ -33,7 +34,7 @@ export OMP_NUM_THREADS ?= 1
     bench-pipeline bench-hosts bench-report bench-compare plots figures tune
 
 help:
-	@sed -n '1,10s/^# \{0,1\}//p' Makefile
+	@sed -n '1,11s/^# \{0,1\}//p' Makefile
 
 ifneq ($(filter $(MPI),openmpi mpich),$(MPI))
 $(error MPI must be openmpi or mpich, not '$(MPI)')
@@ -107,10 +108,15 @@ bench-compression: BENCH_SCRIPT := compressing
 bench-torch: BENCH_SCRIPT := torch_training
 bench-tensorflow: BENCH_SCRIPT := tensorflow_training
 
-# Between hosts that are network namespaces of this machine; needs root.
+# Between hosts that are network namespaces of this machine; needs root.  The names of links and of
+# layouts (hosts x ranks on each) have spaces, and semicolons between them; what there is, it says.
+HOSTS_OPTIONS = $(if $(LINKS),--links '$(LINKS)') $(if $(LAYOUTS),--layouts '$(LAYOUTS)') \
+    $(if $(TRANSPORTS),--transports $(TRANSPORTS))
+
 bench-hosts: $(VENV)/.installed
 	@test -z "$(RANKS)" || echo "ignored, as the layouts of the hosts say how many ranks there are: RANKS"
-	timeout 1800 $(BIN)/python benchmarks/hosts.py --out results/hosts.json $(BENCH_OPTIONS) && \
+	timeout 1800 $(BIN)/python benchmarks/hosts.py --out results/hosts.json $(BENCH_OPTIONS) \
+	    $(HOSTS_OPTIONS) && \
 	    $(BIN)/python benchmarks/targets.py results hosts
 
 # What init() reads from then on; the report's predictions and simulations are by it as well.

@@ -1,6 +1,6 @@
 """All-reduce between hosts: links of several rates and delays, over MPI's messages and over TCP.
 
-    python benchmarks/hosts.py [--links "1 Gbit/s" unlimited] [--layouts "2 x 2"]
+    python benchmarks/hosts.py [--links "1 Gbit/s; unlimited"] [--layouts "2 x 2; 3 x 1"]
         [--sizes 4 1MiB] [--algorithms ring tree] [--out FILE.json]
 
 The hosts are namespaces on this machine (see tests/hosts/testbed), so their ranks share its cores,
@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests" / "hosts"))
@@ -81,8 +82,8 @@ def main() -> int:
         algorithms=Choice(ALGORITHMS, ALGORITHMS),
         peers=Choice(["mpi"], ["mpi"]),
     )
-    parser.add_argument("--links", nargs="+", choices=LINKS)
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS)
+    parser.add_argument("--links", type=names_of(LINKS), default=())
+    parser.add_argument("--layouts", type=names_of(LAYOUTS), default=())
     parser.add_argument("--transports", nargs="+", default=TRANSPORTS, choices=TRANSPORTS)
     args = options.read(parser)
     options.say_ignored(args)
@@ -109,6 +110,22 @@ def main() -> int:
             failed += not run_job(hosts, case, args)
     print(f"\n{time.monotonic() - began:.0f} s")
     return min(failed, 1)
+
+
+def names_of(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """Return what reads some of the `known` names: semicolons between them, spaces as you like."""
+    spelled = {"".join(name.split()): name for name in known}
+
+    def read(text: str) -> list[str]:
+        asked = ["".join(name.split()) for name in text.split(";")]
+        unknown = [name for name in asked if name not in spelled]
+        if unknown:
+            raise argparse.ArgumentTypeError(
+                f"there is no {unknown[0]!r}; there are {'; '.join(spelled.values())}"
+            )
+        return [spelled[name] for name in asked]
+
+    return read
 
 
 def run_job(hosts: Testbed, case: tuple[str, str, str], args: argparse.Namespace) -> bool:

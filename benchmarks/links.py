@@ -124,6 +124,10 @@ def show(results: list[Result]) -> None:
     """Print the medians as a table in Markdown, with how many times as fast as the library."""
     figures = {(r.name, r.nbytes): r for r in results}
     sizes = sorted({r.nbytes for r in results})
+    print(
+        "\nHosts x ranks on each; median times, and in parentheses how many times as fast as the "
+        "MPI library's\nown.  Roofs: the best that bare messages, and bare memory, could do."
+    )
     print(f"\n| {results[0].what}, {results[0].mpi} | {' | '.join(map(human_size, sizes))} |")
     print(f"|---|{'---:|' * len(sizes)}")
     for name in dict.fromkeys(r.name for r in results):

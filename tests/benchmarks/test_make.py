@@ -1,5 +1,7 @@
 """make's variables reach the benchmarks."""
 
+import argparse
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -57,6 +59,37 @@ def test_hosts_have_ranks_of_their_own():
     (line,) = [line for line in lines if "hosts.py" in line]
     assert f"hosts.py --out results/hosts.json {PASSED}" in line
     assert any("RANKS" in line and "echo" in line for line in lines)
+
+
+def test_links_and_layouts_have_spaces_in_their_names():
+    given = ("LINKS=1 Gbit/s; unlimited + 1 ms", "LAYOUTS=2 x 2;3x1", "TRANSPORTS=mpi tcp")
+    (line,) = [line for line in would_run("bench-hosts", *given) if "hosts.py" in line]
+    words = shlex.split(line)
+    for option, values in (
+        ("--links", ["1 Gbit/s; unlimited + 1 ms", "--layouts"]),
+        ("--layouts", ["2 x 2;3x1", "--transports"]),
+        ("--transports", ["mpi", "tcp", "&&"]),
+    ):
+        at = words.index(option) + 1
+        assert words[at : at + len(values)] == values
+
+
+def test_links_and_layouts_are_taken_or_those_there_are_are_named():
+    pytest.importorskip("tqdm")
+    hosts = pytest.importorskip("hosts")
+    links = hosts.names_of(hosts.LINKS)
+    assert links("1 Gbit/s; unlimited+1ms") == ["1 Gbit/s", "unlimited + 1 ms"]
+    assert hosts.names_of(hosts.LAYOUTS)("3x1") == ["3 x 1"]
+    with pytest.raises(argparse.ArgumentTypeError, match=r"no '2Gbit/s'; there are 100 Mbit/s; 1 "):
+        links("2 Gbit/s")
+
+
+def test_help_names_the_variables():
+    done = subprocess.run(
+        ["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    for name in ("MPI", "RANKS", "SIZES", "LINKS", "LAYOUTS", "TRANSPORTS"):
+        assert f"{name}=" in done.stdout
 
 
 def test_bench_is_all_of_them_and_short():
