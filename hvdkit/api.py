@@ -29,7 +29,8 @@ def init(comm: Any = None, process_sets: Sequence[ProcessSet] | str | None = Non
     """Join the job.  Collective, blocking; starts MPI if nobody has.  Again: does nothing.
 
     From here on an uncaught exception on one rank ends the whole job, after its traceback; so does
-    an exit with another status than 0, by ``sys.exit``, ``exit`` or ``quit``.
+    an exit with another status than 0, by ``sys.exit``, ``exit`` or ``quit``; and, in a script that
+    was not started by ``python -m`` or ``-c``, by a SystemExit that it raises itself.
 
     Args:
         comm: an mpi4py intracommunicator, which is duplicated, or a list of ranks; None: all.

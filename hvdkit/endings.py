@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import builtins
+import gc
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
+from contextlib import suppress
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from hvdkit.context import Context
@@ -29,7 +31,8 @@ class LastWords:
     """An excepthook: prints an uncaught exception, then ends every rank of the job.
 
     An exit with another status than 0 does the same when the interpreter ends: over MPI the rank
-    would otherwise wait for the others, in MPI_Finalize.
+    would otherwise wait for the others, in MPI_Finalize.  A SystemExit that no function of `_EXITS`
+    has raised is found in a script (``python train.py``), not under ``python -m`` or ``-c``.
 
     Of a rank that only suffers from another's end, one line will do: its traceback would stand
     where one looks for the cause.
@@ -41,6 +44,7 @@ class LastWords:
         self._process = os.getpid()
         self._exits: dict[tuple[Any, str], tuple[Any, Any]] = {}
         self._uncaught: SystemExit | None = None
+        self._stderr: Any = None
 
     def install(self) -> None:
         sys.excepthook = self
@@ -49,6 +53,10 @@ class LastWords:
                 before = getattr(*place)
                 self._exits[place] = before, self._noting(before)
                 setattr(*place, self._exits[place][1])
+        with suppress(AttributeError):  # a script may have put anything in its place
+            self._flush = sys.stderr.flush
+            sys.stderr.flush = self._look_and_flush  # type: ignore[method-assign]
+            self._stderr = sys.stderr
 
     def remove(self) -> None:
         """Put back what was there before, unless somebody else has taken its place since."""
@@ -57,6 +65,8 @@ class LastWords:
         for place, (before, own) in self._exits.items():
             if getattr(*place) is own:
                 setattr(*place, before)
+        if self._stderr is not None and self._stderr.flush == self._look_and_flush:
+            del self._stderr.flush
 
     def __call__(
         self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None
@@ -106,6 +116,15 @@ class LastWords:
 
         return exit
 
+    def _look_and_flush(self) -> None:
+        """Look for a SystemExit that nobody caught: after a script the interpreter flushes stderr.
+
+        It then still holds the exception by which it is about to end, and nobody else does.
+        """
+        if _asked_by_interpreter() and self._uncaught is None:
+            self._uncaught = _find_uncaught_exit()
+        self._flush()
+
     def _note(self, error: SystemExit) -> None:
         self._uncaught = error
 
@@ -121,9 +140,7 @@ class _NotedExit(SystemExit):
 
     @property
     def code(self) -> Any:
-        try:
-            sys._getframe(1)
-        except ValueError:  # no Python code runs that could have asked
+        if _asked_by_interpreter():
             self.when_uncaught(self)
         return super().code
 
@@ -137,6 +154,27 @@ class _NotedExit(SystemExit):
 
 _NotedExit.__name__ = _NotedExit.__qualname__ = "SystemExit"  # as a traceback shows it
 _NotedExit.__module__ = "builtins"
+
+
+def _asked_by_interpreter() -> bool:
+    """Return whether no Python code has called the function that calls this."""
+    try:
+        sys._getframe(2)
+    except ValueError:
+        return True
+    return False
+
+
+def _find_uncaught_exit() -> SystemExit | None:
+    """Return the SystemExit that no variable holds, and that ended the frame it came from."""
+    found = [each for each in gc.get_objects() if isinstance(each, SystemExit)]
+    for error in found:
+        trace = error.__traceback__  # before Python 3.12 none yet
+        ended_there = trace is None or trace.tb_frame.f_lasti == trace.tb_lasti
+        holders = [each for each in gc.get_referrers(error) if each is not found]
+        if ended_there and not any(type(each) is not FrameType for each in holders):
+            return error
+    return None
 
 
 def status_of(code: Any) -> int:
