@@ -16,7 +16,7 @@ from hvdkit.config import Config
 from hvdkit.context import Context
 from hvdkit.endings import LastWords
 from hvdkit.engine.communicator import Communicator
-from hvdkit.errors import ArgumentError, NotInitializedError
+from hvdkit.errors import ArgumentError, ConfigError, LauncherError, NotInitializedError
 from hvdkit.logs import begin_logging, end_logging
 from hvdkit.process_sets import ProcessSet
 
@@ -50,7 +50,11 @@ def init(comm: Any = None, process_sets: Sequence[ProcessSet] | str | None = Non
             raise ArgumentError("hvdkit is initialised already; call shutdown() before init(...)")
         return
     known = () if process_sets is None or isinstance(process_sets, str) else process_sets
-    current = Context(comm, Config.from_environment(os.environ), known)
+    try:
+        current = Context(comm, Config.from_environment(os.environ), known)
+    except (ConfigError, LauncherError) as exc:
+        # What is wrong lies outside of this program, and stands in the message, with its cause.
+        raise exc.with_traceback(None) from None
     begin_logging(current)
     if current.group.size > 1:
         _last_words = LastWords(current)

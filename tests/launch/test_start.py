@@ -42,6 +42,38 @@ def test_no_mpi_library():
     assert (alone.status, alone.stdout) == (0, "size 1\n"), alone.stderr
 
 
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"HVDKIT_SPIN": "abc"}, "ConfigError: HVDKIT_SPIN='abc': expected a whole number"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "LauncherError: OMPI_COMM_WORLD_SIZE=4 says"),
+        (
+            {"MPI4PY_LIBMPI": "/nonexistent/libmpi.so", "HVDKIT_TRANSPORT": "mpi"},
+            "LauncherError: MPI cannot be loaded: cannot load MPI library\n/nonexistent/",
+        ),
+        (
+            {
+                "HVDKIT_RANK": "1",
+                "HVDKIT_SIZE": "2",
+                "HVDKIT_SECRET": "5" * 32,
+                "HVDKIT_RENDEZVOUS_ADDR": "127.0.0.1",
+                "HVDKIT_RENDEZVOUS_PORT": "1",
+                "HVDKIT_START_TIMEOUT": "0.1",
+            },
+            "LauncherError: rank 1 of 2 on ",
+        ),
+    ],
+)
+def test_what_is_wrong_outside_of_the_program_is_one_short_traceback(environment, says):
+    outcome = python("-c", INIT, **environment)
+    if outcome.status == 0:
+        pytest.skip("this mpi4py is built for one MPI library and takes no other")
+    frames, _, error = outcome.stderr.partition("hvdkit.errors.")
+    assert error.startswith(says), outcome.stderr
+    assert frames.count("Traceback") == 1
+    assert frames.count("  File ") == 2, "the script's line, and hvdkit's"
+
+
 def test_no_mpi4py():
     script = "import sys; sys.modules['mpi4py'] = None\n" + INIT
     assert_says_what_to_install(python("-c", script, HVDKIT_TRANSPORT="mpi"))

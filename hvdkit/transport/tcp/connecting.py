@@ -302,5 +302,6 @@ def _find_job(me: Membership, timeout: float) -> bytes:
     except TimeoutError as exc:
         raise LauncherError(
             f"rank {me.rank} on {socket.gethostname()}: rank 0 has not published its address "
-            "within the start timeout (HVDKIT_START_TIMEOUT); see whether it was started"
+            "within the start timeout (HVDKIT_START_TIMEOUT); see whether it was started "
+            f"({exc})"
         ) from exc
