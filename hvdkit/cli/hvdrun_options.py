@@ -87,7 +87,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-np", "-n", "--num-proc", type=_positive, help="how many ranks (default: all slots)"
     )
-    parser.add_argument("--verbose", action="store_true", help="say what is started, and how")
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help="say what is started, and how; and show all that mpirun says of a failure",
+    )
     parser.add_argument(
         "-cb", "--check-build", action="store_true", help="say what was found here, and end"
     )

@@ -17,6 +17,7 @@ from hvdkit.launch.agents import Agent, Task
 from hvdkit.launch.hosts import Place
 from hvdkit.launch.mpirun import Host, Mpirun
 from hvdkit.launch.output import Display
+from hvdkit.launch.remarks import Remarks
 from hvdkit.launch.team import Team
 from hvdkit.transport.membership import secret_of_user
 from hvdkit.transport.stores import RendezvousServer
@@ -195,7 +196,8 @@ def start_by_mpirun(launch: Launch, found: Mpirun, display: Display) -> tuple[in
     launch.say(shlex.join(line))
     check_hosts(launch, variables, relay)
     task = Task("this host", line, [(0, {})], raw=True)
-    with Team([Agent(task, (), variables)], launch.size, display) as team:
+    remarks = None if launch.verbose else Remarks()
+    with Team([Agent(task, (), variables)], launch.size, display, remarks=remarks) as team:
         team.check(launch.start_timeout)
         team.go()
         return team.wait(launch.start_timeout), team.explain()

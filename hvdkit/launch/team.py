@@ -16,6 +16,7 @@ from hvdkit.launch.agent import exit_status, read_record
 from hvdkit.launch.agents import Agent
 from hvdkit.launch.guard import how_it_ended
 from hvdkit.launch.output import Display
+from hvdkit.launch.remarks import Remarks
 
 _SECONDS_BETWEEN_LOOKS = 0.1
 #: What other ranks, which fail for the same reason, have to say so.
@@ -45,12 +46,21 @@ class Team:
         agents: one a host, or the one that minds mpirun.
         size: how many ranks will start.
         display: for what they write.
+        remarks: to drop those of mpirun's that say nothing new; None: all are shown.
     """
 
-    def __init__(self, agents: Sequence[Agent], size: int, display: Display) -> None:
+    def __init__(
+        self,
+        agents: Sequence[Agent],
+        size: int,
+        display: Display,
+        *,
+        remarks: Remarks | None = None,
+    ) -> None:
         self._agents = agents
         self._size = size
         self._display = display
+        self._remarks = remarks
         self._selector = selectors.DefaultSelector()
         for each in agents:
             for pipe in (each.stdout, each.stderr):
@@ -158,6 +168,7 @@ class Team:
         try:
             if kind is not None and all(each.ready for each in self._agents):
                 self.end()
+            self._show_remarks()
         finally:
             for each in self._agents:
                 each.let_go()
@@ -182,11 +193,14 @@ class Team:
         if record is None:
             each.note(line)
             if each.ready:
-                self._display.write_unlabelled(line + b"\n")
+                for said in [line] if self._remarks is None else self._remarks.take(line):
+                    self._display.write_unlabelled(said + b"\n")
             return
         kind, rank, content = record
         if kind in "oOeE":
             self._display.write(rank, kind, content)
+            if kind == "e" and self._remarks is not None:
+                self._remarks.hear(content)
         elif kind == "s":
             self._started[rank] = content.decode()
         elif kind == "h":
@@ -198,6 +212,15 @@ class Team:
             host = self._started.get(rank, each.task.host)
             self.ends.append(End(rank, host, status, bool(told)))
             self._display.end_rank(rank, failed=status != 0)
+
+    def _show_remarks(self) -> None:
+        """Show what mpirun has said of the end, as far as `explain` does not say it."""
+        if self._remarks is None:
+            return
+        first = self.first_failure()
+        named = [] if first is None or first.told else [first.rank]
+        for line in self._remarks.rest(named):
+            self._display.write_unlabelled(line + b"\n")
 
     def _has_failed(self) -> bool:
         if any(end.status for end in self.ends):

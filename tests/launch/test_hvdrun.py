@@ -14,6 +14,7 @@ import pytest
 from launching import Outcome, end_group
 
 from hvdkit.errors import LauncherError
+from hvdkit.launch.mpirun import find_mpirun, identify
 from hvdkit.launch.start import find_mpi
 
 from .helpers import is_running, plain_environment, wait_for
@@ -125,6 +126,19 @@ def test_a_rank_that_raises(mode, script):
     others = [at for at, line in enumerate(lines) if re.match(r"\[[02]:err\]", line)]
     cause = lines.index("[1:err] ZeroDivisionError: the loss of rank 1")
     assert all(at > cause for at in others), done.stderr
+    assert lines[-1].startswith("hvdrun: rank 1 of 3 on "), done.stderr
+    if mode == "--tcp" or identify(find_mpirun()).open_mpi == 5:
+        assert "MPI_ABORT was invoked" not in done.stderr
+        assert "has exited due to process" not in done.stderr
+
+
+def test_when_verbose_mpiruns_own_words_are_shown(script):
+    reason = why_no_mpi()
+    if reason or identify(find_mpirun()).open_mpi != 5:
+        pytest.skip(reason or "this mpirun has none, or others")
+    done = hvdrun("-np", 2, "--mpi", "--verbose", "python", script(JOB), HOW="raise")
+    assert "MPI_ABORT was invoked on rank 1" in done.stderr
+    assert "has exited due to process rank 1" in done.stderr
 
 
 @pytest.mark.parametrize(
