@@ -95,7 +95,7 @@ def message_roof(collective: str) -> Candidate:
             call()
             return 0 if left == MPI.PROC_NULL else int(np.count_nonzero(into != 1))
 
-        return call, check
+        return call, check, lambda: out.fill(1)
 
     return Candidate("message roof", prepare, ROOF)
 
