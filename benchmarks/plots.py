@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from PIL import Image
-from records import OURS, PEER, ROOF, Result
+from records import BUCKET, DEFAULT, OURS, PEER, ROOF, TUNED, Result
 from tables import human_size, human_time, sizes_of
 
 #: Stands for the colour of the text around, in SVG; no other element has it.
@@ -28,9 +28,6 @@ INK = "#010203"
 PREDICTED = "predicted"
 
 LINES = {OURS: "-", PEER: "--", ROOF: "-", PREDICTED: ":"}
-
-#: The note of `bucketing.py` that a bucket's size is in.
-BUCKET = "bucket bytes"
 
 #: Draws into an empty figure.
 Draw = Callable[[Figure], None]
@@ -144,7 +141,8 @@ def over_size(results: Sequence[Result], predicted: Sequence[Series] = ()) -> Dr
 
 def over_bucket(results: Sequence[Result]) -> Draw:
     """Return a plot of a step's communication over the bucket's size, the peers as levels."""
-    mine = [r for r in results if r.notes.get(BUCKET, 0) > 0]
+    chosen = (DEFAULT, TUNED)
+    mine = [r for r in results if r.notes.get(BUCKET, 0) > 0 and r.name not in chosen]
 
     def draw(figure: Figure) -> None:
         figure.set_size_inches(7.5, 4.0)

@@ -31,6 +31,10 @@ OURS, PEER, ROOF = "ours", "peer", "roof"
 #: The note that has the seconds by the cost model, fitted where the measurement was made.
 PREDICTION = "predicted, s"
 
+#: The note that has the bytes of a bucket, and the names of what chose them, where nobody did.
+BUCKET = "bucket bytes"
+DEFAULT, TUNED = "default", "tuned"
+
 
 class ReportError(HvdkitError):
     """A file is not what the benchmarks saved."""

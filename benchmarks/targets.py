@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from records import Result, load_results
+from records import BUCKET, DEFAULT, TUNED, Result, load_results
 from tables import human_size
 
 from hvdkit.schedules.registry import ALGORITHMS
@@ -45,7 +45,7 @@ TORCH_OVER_GLOO = {
 }
 
 
-#: What "auto" picks is as fast as the fastest fixed choice, or nearly.
+#: What "auto" picks is as fast as the fastest fixed choice, or nearly; so are the buckets.
 AUTO_OVER_BEST = 0.9
 
 #: Share of a step that may be neither the step alone nor the core's all-reduce of as many bytes.
@@ -156,6 +156,25 @@ def show_step(results: list[Result]) -> None:
                 print(f"| {title} | {STEP_OVER_ROOF:g} | {measured} | {verdict} |")
 
 
+def show_bucketing(results: list[Result]) -> None:
+    """Show how the tuned bucket size, and the default, do beside the best of the fixed ones."""
+    for ranks in sorted({r.ranks for r in results}):
+        figures = latest(results, ranks)
+        heading(f"buckets, {ranks} ranks, over the fastest fixed size")
+        for what, nbytes in dict.fromkeys((key[1], key[3]) for key in figures):
+            fixed = {
+                key[2]
+                for key, r in figures.items()
+                if key[1] == what and r.notes.get(BUCKET) and key[2] not in (DEFAULT, TUNED)
+            }
+            for chosen in (TUNED, DEFAULT):
+                found: dict[str, float] = {}
+                for name in fixed:
+                    for mpi, ratio in ratios(figures, what, chosen, name, nbytes).items():
+                        found[mpi] = min(ratio, found.get(mpi, ratio))
+                show([line(f"{what}, {chosen}", found, AUTO_OVER_BEST)])
+
+
 def show_torch(results: list[Result]) -> None:
     figures = latest(results, 2)
     heading("PyTorch, 2 ranks, times as fast as gloo")
@@ -235,6 +254,7 @@ PARTS = {
     "collectives": show_collectives,
     "dtypes": show_dtypes,
     "step": show_step,
+    "bucketing": show_bucketing,
     "torch": show_torch,
     "tensorflow": show_tensorflow,
     "pipeline": show_pipeline,
