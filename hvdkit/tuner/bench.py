@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from hvdkit.collectives.group import Group
 from hvdkit.context import Context
 from hvdkit.dtypes import Max
-from hvdkit.tuning.measure import Ranks, Timing, measure
+from hvdkit.tuning.measure import BUDGET, Ranks, Timing, measure
 
 #: No size is measured of which one call may take longer, in seconds.
 LONGEST_CALL = 0.4
@@ -36,10 +36,12 @@ class Bench:
             slowest=lambda seconds: self.world.allreduce(seconds, Max),
         )
 
-    def measure(self, label: str, calls: Mapping[str, Callable[[], object]]) -> dict[str, Timing]:
+    def measure(
+        self, label: str, calls: Mapping[str, Callable[[], object]], *, budget: float = BUDGET
+    ) -> dict[str, Timing]:
         """Return the timing of each of `calls`, which every rank makes, or leaves to others."""
         self._say(label)
-        return measure(calls, self._ranks, turns=self._turns)
+        return measure(calls, self._ranks, turns=self._turns, budget=budget)
 
     @contextmanager
     def messages(self, ranks: Sequence[int], segment_bytes: int) -> Iterator[Group | None]:

@@ -7,6 +7,9 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hvdkit import collectives
 from hvdkit.config import BUCKET_BYTES, KIB, MIB, SEGMENT_BYTES, SEGMENT_OVER_SOCKETS
 from hvdkit.dtypes import Sum
@@ -24,8 +27,11 @@ SCHEDULES = ("ring", "halving_doubling")
 BUCKETS = (MIB, 2 * MIB, 4 * MIB, 8 * MIB, 16 * MIB, BUCKET_BYTES)
 BUCKETED_BYTES = (4 * BUCKET_BYTES, BUCKET_BYTES)
 
-#: A shorter bucket than the best is taken if it is so much slower at the most: more of it overlaps.
-NEARLY = 1.05
+#: Seconds for all turns of all buckets: the choice is one for every step.
+BUCKETS_BUDGET = 2.5
+
+#: Bytes that backward goes over again and again, and of gradients for which it does.
+COMPUTED_BYTES, COMPUTED_FOR = 64 * KIB, 256 * KIB
 
 
 def best_segments(bench: Bench) -> tuple[tuple[int, int], ...]:
@@ -75,31 +81,74 @@ def _seconds(timing: Timing) -> float:
 
 
 def best_bucket(bench: Bench) -> int:
-    """Return the shortest bucket that takes hardly longer than the best.  Collective."""
+    """Return the bucket that is the best alone, and while backward computes.  Collective.
+
+    Backward takes as long as its gradients travel, which is where buckets make the most of a
+    difference: where cores are idle or the network works by itself, the shorter hide more of it;
+    where every core computes, nothing can be hidden, and each bucket costs its start.
+    """
     world = bench.world
     estimate = world.group.estimates.estimate("allreduce", "ring", BUCKETED_BYTES[0])
     slow = estimate is None or estimate.seconds > LONGEST_CALL
     data = world.empty(BUCKETED_BYTES[slow] // 4)
+    alone = _buckets(bench, "buckets", data, nothing)
+    passes = np.zeros(COMPUTED_BYTES // 4, np.float32)
 
-    def reduce_in(bucket: int) -> None:
+    def compute() -> None:
+        np.add(passes, passes, out=passes)
+
+    once = bench.measure("backward", {"compute": compute})["compute"].seconds
+    seconds = alone[BUCKET_BYTES].seconds * COMPUTED_FOR / data.nbytes
+    repeats = max(1, round(seconds / once))
+
+    def backward() -> None:
+        for _ in range(repeats):
+            compute()
+
+    return _least_behind(alone, _buckets(bench, "buckets during backward", data, backward))
+
+
+def _buckets(
+    bench: Bench, label: str, data: NDArray[np.float32], compute: Callable[[], object]
+) -> dict[int, Timing]:
+    """Return the timing of a step by the bytes of a bucket.  Collective.
+
+    Args:
+        bench: which measures.
+        label: what is measured.
+        data: the gradients.
+        compute: called for every `COMPUTED_FOR` bytes of gradients before these are there.
+    """
+    world = bench.world
+    how: dict[str, Any] = {"op": Sum, "name": None, "prescale": 1.0, "postscale": 1.0}
+
+    def step(bucket: int) -> None:
         """Reduce everything as a training step does, on the lane's thread."""
-        step = bucket // data.itemsize
-        how: dict[str, Any] = {
-            "op": Sum,
-            "name": None,
-            "prescale": 1.0,
-            "postscale": 1.0,
-            "algorithm": "auto",
-        }
-        parts = [data[start : start + step] for start in range(0, data.size, step)]
-        handles = [
-            world.lane.submit(partial(collectives.allreduce, world.group, part, part, **how))
-            for part in parts
-        ]
+        handles = []
+        length = bucket // data.itemsize
+        for start in range(0, data.size, length):
+            part = data[start : start + length]
+            for _ in range(0, part.nbytes, COMPUTED_FOR):
+                compute()
+            reduce = partial(collectives.allreduce, world.group, part, part, **how)
+            handles.append(world.lane.submit(partial(reduce, algorithm="auto")))
         for handle in handles:
             handle.wait()
 
-    calls = {str(bucket): partial(reduce_in, bucket) for bucket in BUCKETS}
-    times = bench.measure("buckets", calls)
-    fastest = min(timing.seconds for timing in times.values())
-    return min(bucket for bucket in BUCKETS if times[str(bucket)].seconds <= NEARLY * fastest)
+    calls = {str(bucket): partial(step, bucket) for bucket in BUCKETS}
+    found = bench.measure(label, calls, budget=BUCKETS_BUDGET)
+    return {bucket: found[str(bucket)] for bucket in BUCKETS}
+
+
+def _least_behind(*measurements: dict[int, Timing]) -> int:
+    """Return the bucket that is behind the best of any measurement by the least.
+
+    The usual one, if no other is better beyond the noise.
+    """
+    best = [min(timing.seconds for timing in found.values()) for found in measurements]
+    pairs = list(zip(measurements, best, strict=True))
+    behind = {b: max(found[b].seconds / first for found, first in pairs) for b in BUCKETS}
+    noise = {b: max(found[b].margin / first for found, first in pairs) for b in BUCKETS}
+    bucket = min(behind, key=lambda length: behind[length])
+    gain = behind[BUCKET_BYTES] - behind[bucket]
+    return bucket if gain > max(LEAST_GAIN, noise[bucket] + noise[BUCKET_BYTES]) else BUCKET_BYTES

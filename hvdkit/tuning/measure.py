@@ -1,8 +1,9 @@
 """How times are measured: in turns, so that a machine that changes its speed changes it for all.
 
-After a warm-up all candidates take turns; a turn is as many calls as fill some milliseconds, behind
-a barrier.  A turn's time is that of the slowest rank, and the median over the turns counts.  What a
-few turns show to be far behind the best takes no more of them.
+After a warm-up all candidates take turns, in another order each time, as what one leaves in the
+caches is found by the next; a turn is as many calls as fill some milliseconds, behind a barrier.  A
+turn's time is that of the slowest rank, and the median over the turns counts.  What a few turns
+show to be far behind the best takes no more of them.
 """
 
 from __future__ import annotations
@@ -56,9 +57,20 @@ class Ranks:
 
 
 def measure(
-    calls: Mapping[str, Callable[[], object]], ranks: Ranks, *, turns: int = TURNS
+    calls: Mapping[str, Callable[[], object]],
+    ranks: Ranks,
+    *,
+    turns: int = TURNS,
+    budget: float = BUDGET,
 ) -> dict[str, Timing]:
-    """Return the timing of each of `calls`, of which all ranks have as many.  Collective."""
+    """Return the timing of each of `calls`, of which all ranks have as many.  Collective.
+
+    Args:
+        calls: the candidates.
+        ranks: which measure.
+        turns: of each candidate at most.
+        budget: seconds for all of them, from the fourth turn on.
+    """
     repeats = {name: _warm_up(call, ranks) for name, call in calls.items()}
     first = min(FIRST_TURNS, turns)
     times = _turns(calls, repeats, ranks, first)
@@ -69,7 +81,7 @@ def measure(
         if float(np.median(times[name])) <= FAR_BEHIND * best
     }
     a_turn = sum(float(np.median(times[name])) * repeats[name] for name in near)
-    more = _turns(near, repeats, ranks, min(turns - first, int(BUDGET / max(a_turn, 1e-6))))
+    more = _turns(near, repeats, ranks, min(turns - first, int(budget / max(a_turn, 1e-6))))
     return {name: timing(np.concatenate([times[name], more.get(name, [])])) for name in calls}
 
 
@@ -95,10 +107,12 @@ def _turns(
     if not turns or not calls:
         return {}
     times = np.empty((len(calls), turns))
+    names, orders = list(calls), np.random.default_rng(0)  # the same on all ranks
     for turn in range(turns):
-        for number, (name, call) in enumerate(calls.items()):
+        for number in orders.permutation(len(names)):
+            name = names[number]
             ranks.barrier()
-            times[number, turn] = _time(call, repeats[name])
+            times[number, turn] = _time(calls[name], repeats[name])
     return dict(zip(calls, ranks.slowest(times), strict=True))
 
 

@@ -107,10 +107,12 @@ def test_candidates_take_turns_and_the_slowest_rank_counts():
     made = []
     ranks = Ranks(barrier=lambda: made.append("|"), slowest=lambda seconds: seconds + 1e-3)
     calls = {name: partial(made.append, name) for name in ("a", "b")}
-    found = measure(calls, ranks, turns=4)
+    found = measure(calls, ranks, turns=11)
     assert [name for name, timing in found.items() if timing.seconds > 1e-3] == ["a", "b"]
-    turns = [part[0] for part in "".join(made).split("|") if part]
-    assert turns == ["a", "a", "b", "b", *["a", "b"] * 4]  # warmed up, then in turns
+    turns = "".join(part[0] for part in "".join(made).split("|") if part)
+    assert turns[:4] == "aabb"  # warmed up
+    assert len(turns) == 4 + 2 * 11
+    assert {turns[at : at + 2] for at in range(4, len(turns), 2)} == {"ab", "ba"}
 
 
 @pytest.mark.parametrize("start", [Level(2e-6, 1e-10, 0.0), Level(0.0, 0.0, 0.0)])
