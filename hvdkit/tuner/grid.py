@@ -1,14 +1,13 @@
 """Measure every algorithm at every size, on all ranks, as users call it.
 
-Each is measured twice, on other buffers at another time: some are fast in one run and slow in the
-next, which the turns of a single run do not show.
+Each is measured twice, on other buffers at another time, and what may be the fastest then a third
+time: some are fast in one look and slow in the next, which the turns of a single look do not show.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import numpy as np
@@ -25,6 +24,12 @@ SIZES = (4, 64, *(KIB << shift for shift in (0, *range(2, 12))), 4 * MIB, 16 * M
 #: What is measured where ranks share no memory; where they do, only an all-reduce has a choice.
 KINDS = ("allreduce", "allgather", "reducescatter", "broadcast")
 
+#: What takes so many times as long as the fastest, in two looks, may still be as fast.
+CLOSE = 1.5
+
+#: The timings of some algorithms, by size and by name.
+Look = dict[int, dict[str, Timing]]
+
 
 def measure_grid(bench: Bench) -> Grid:
     """Return the times by collective, algorithm and size.  Collective."""
@@ -32,46 +37,68 @@ def measure_grid(bench: Bench) -> Grid:
     grid = {}
     for kind in kinds:
         first = _upwards(bench, kind)
-        second = {nbytes: _measure(bench, kind, nbytes) for nbytes in reversed(first)}
-        grid[kind] = _cells(first, second)
+        looks = [first, _look(bench, kind, {n: first[n] for n in reversed(first)})]
+        looks.append(_look(bench, kind, {n: _contenders(looks, n) for n in first}))
+        grid[kind] = _cells(looks)
     return grid
 
 
-def _upwards(bench: Bench, kind: str) -> dict[int, dict[str, Timing]]:
+def _upwards(bench: Bench, kind: str) -> Look:
     """Return the timings by size, up to the one of which a call would take too long."""
-    found: dict[int, dict[str, Timing]] = {}
+    found: Look = {}
     before, fastest = 0, 0.0
     for nbytes in SIZES:
         if before and fastest * nbytes / before > LONGEST_CALL:
             break
-        found[nbytes] = _measure(bench, kind, nbytes)
+        found[nbytes] = _measure(bench, kind, nbytes, _names(bench, kind, nbytes))
         before, fastest = nbytes, min(timing.seconds for timing in found[nbytes].values())
     return found
 
 
-def _measure(bench: Bench, kind: str, nbytes: int) -> dict[str, Timing]:
-    calls = {name: _call(bench, kind, name, nbytes) for name in _names(bench, kind, nbytes)}
+def _look(bench: Bench, kind: str, names: dict[int, Collection[str]]) -> Look:
+    """Return the timings of these algorithms by size, measured in the order of the sizes."""
+    return {nbytes: _measure(bench, kind, nbytes, some) for nbytes, some in names.items() if some}
+
+
+def _measure(bench: Bench, kind: str, nbytes: int, names: Collection[str]) -> dict[str, Timing]:
+    calls = {name: _call(bench, kind, name, nbytes) for name in names}
     return bench.measure(f"{kind}, {nbytes:,} bytes", calls)
 
 
-def _cells(
-    first: dict[int, dict[str, Timing]], second: dict[int, dict[str, Timing]]
-) -> dict[str, tuple[Cell, ...]]:
-    """Return both by algorithm; where they differ, by so much they are uncertain.
+def _contenders(looks: Sequence[Look], nbytes: int) -> list[str]:
+    """Return what auto may choose and what may be the fastest; nothing if only one may."""
+    seconds = {
+        name: math.prod(look[nbytes][name].seconds for look in looks) ** (1 / len(looks))
+        for name in looks[0][nbytes]
+        if name != "mpi"
+    }
+    close = [name for name in seconds if seconds[name] <= CLOSE * min(seconds.values())]
+    return close if len(close) > 1 else []
 
-    Not so far as all differ alike: a machine that was slower the second time was so for all.
+
+def _cells(looks: Sequence[Look]) -> dict[str, tuple[Cell, ...]]:
+    """Return the medians of the looks by algorithm; where these differ, they are uncertain.
+
+    Not so far as all differ alike: a machine that was slower in a look was so for all.
     """
-    cells: defaultdict[str, list[Cell]] = defaultdict(list)
-    for nbytes, timings in first.items():
-        slower = {name: second[nbytes][name].seconds / one.seconds for name, one in timings.items()}
-        usual = float(np.median(list(slower.values())))
-        for name, one in timings.items():
-            other = second[nbytes][name]
-            seconds = (one.seconds + other.seconds) / 2
-            apart = seconds * abs(math.log(slower[name] / usual)) / 2
-            margin = max(apart, math.hypot(one.margin, other.margin) / 2)
-            cells[name].append(Cell(nbytes, seconds, margin))
+    cells: dict[str, list[Cell]] = {}
+    for nbytes, timings in looks[0].items():
+        here = [look[nbytes] for look in looks if nbytes in look]
+        slower = [_slower(some, timings) for some in here]
+        usual = float(np.mean(slower))
+        for name in timings:
+            seen = [(some[name], by) for some, by in zip(here, slower, strict=True) if name in some]
+            logs = [math.log(one.seconds / by) for one, by in seen]
+            seconds = math.exp(float(np.median(logs))) * usual
+            apart = seconds * (max(logs) - min(logs)) / 2 / math.sqrt(len(logs) - 1)
+            margin = max(apart, math.hypot(*(one.margin for one, _ in seen)) / len(seen))
+            cells.setdefault(name, []).append(Cell(nbytes, seconds, margin))
     return {name: tuple(found) for name, found in cells.items()}
+
+
+def _slower(some: dict[str, Timing], first: dict[str, Timing]) -> float:
+    """Return how many times as long as in the first look things take, as a median."""
+    return float(np.median([one.seconds / first[name].seconds for name, one in some.items()]))
 
 
 def _names(bench: Bench, kind: str, nbytes: int) -> tuple[str, ...]:
