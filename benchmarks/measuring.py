@@ -36,6 +36,9 @@ from hvdkit.transport.mpi import library_version
 
 TURN_SECONDS = 3e-3
 
+#: Turns of each candidate before those that count.
+WARM_UPS = 3
+
 #: Packages whose versions are shown with the figures.
 PACKAGES = ("numpy", "mpi4py", "torch", "tensorflow", "tensorflow-cpu", "keras", "horovod")
 
@@ -82,9 +85,10 @@ def measure(
         call, check, *anew = candidate.prepare(nbytes)
         calls.append((call, *anew))
         wrong.append(int(hvd.allreduce(check(), op=hvd.Sum)))
-        for _ in range(3):
-            seconds = float(hvd.allreduce(_turn(1, *calls[-1]), op=hvd.Max))
-        repeats.append(int(np.clip(TURN_SECONDS / max(seconds, 1e-7), 1, 2000)))
+        repeats.append(1)
+        for _ in range(WARM_UPS):  # the first calls are slow, and would make turns short
+            seconds = float(hvd.allreduce(_turn(repeats[-1], *calls[-1]), op=hvd.Max))
+            repeats[-1] = int(np.clip(TURN_SECONDS / max(seconds, 1e-7), 1, 2000))
     times = np.empty((len(calls), turns))
     orders = np.random.default_rng(0)  # the same on all ranks
     for turn in range(turns):

@@ -1,5 +1,6 @@
 """Fitting alpha, beta and gamma, and the medians that they are fitted to."""
 
+import time
 from functools import partial
 
 import numpy as np
@@ -110,9 +111,21 @@ def test_candidates_take_turns_and_the_slowest_rank_counts():
     found = measure(calls, ranks, turns=11)
     assert [name for name, timing in found.items() if timing.seconds > 1e-3] == ["a", "b"]
     turns = "".join(part[0] for part in "".join(made).split("|") if part)
-    assert turns[:4] == "aabb"  # warmed up
-    assert len(turns) == 4 + 2 * 11
-    assert {turns[at : at + 2] for at in range(4, len(turns), 2)} == {"ab", "ba"}
+    assert turns[:6] == "aaabbb"  # warmed up
+    assert len(turns) == 6 + 2 * 11
+    assert {turns[at : at + 2] for at in range(6, len(turns), 2)} == {"ab", "ba"}
+
+
+def test_slow_first_calls_do_not_make_turns_short():
+    made = []
+
+    def call():
+        """Be slow until ranks would have learnt what comes."""
+        made.append(1)
+        time.sleep(1e-4 if len(made) > 3 else 1e-3)
+
+    measure({"call": call}, Ranks(lambda: None, lambda seconds: seconds), turns=1)
+    assert len(made) > 20
 
 
 @pytest.mark.parametrize("start", [Level(2e-6, 1e-10, 0.0), Level(0.0, 0.0, 0.0)])
