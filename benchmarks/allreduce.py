@@ -4,7 +4,7 @@
 
 Sums in place, on buffers that were touched before; see measuring.py for the method, roofs.py for
 the limits.  algbw is bytes over time; busbw = algbw x 2(p-1)/p, which can be held against a link's
-or the memory's speed whatever p is.  Peers: the MPI library's own, gloo, Horovod where it is
+or the memory's speed whatever p is.  Peers: the MPI library's own, gloo and Horovod where they are
 installed, and NCCL where every rank has a GPU, beside hvdkit on tensors in the same place.
 """
 
@@ -87,8 +87,6 @@ def gloo() -> Candidate:
     import torch
     import torch.distributed as dist
 
-    start_gloo()
-
     def prepare(nbytes: int) -> Prepared:
         x = np.empty(max(1, nbytes // 4), np.float32)
         tensor = torch.from_numpy(x)
@@ -168,7 +166,7 @@ def candidates(
     if "mpi" in peers and dtype.name not in ("float16", "bfloat16"):  # which MPI has not
         found.append(mpi_library(MPI.COMM_WORLD.Dup(), dtype))
     if dtype == FLOAT32:
-        if "gloo" in peers:
+        if "gloo" in peers and start_gloo():
             found.append(gloo())
         if "horovod" in peers and start_horovod("torch"):
             found.append(horovod())

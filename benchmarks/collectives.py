@@ -161,8 +161,7 @@ def candidates(
     comm = peers.get("mpi")
     if comm is not None and (wide or kind != "reducescatter"):
         found.append(candidate("MPI library", kind, dtype, mpi_library(kind, comm), PEER))
-    if "gloo" in peers and kind in GLOO_HAS and dtype.name == "float32":
-        start_gloo()
+    if "gloo" in peers and kind in GLOO_HAS and dtype.name == "float32" and start_gloo():
         found.append(candidate("gloo", kind, dtype, gloo(kind), PEER))
     return found + roofs(kind)
 

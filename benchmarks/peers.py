@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import socket
@@ -15,21 +16,27 @@ if TYPE_CHECKING:
     import torch
 
 
-def start_gloo() -> None:
+def start_gloo() -> bool:
     """Make gloo torch.distributed's default group, among hvdkit's ranks.  Again: does nothing.
 
     Collective.
-    """
-    import torch.distributed as dist
 
+    Returns:
+        Whether there is one: not where PyTorch is not installed.
+    """
+    try:
+        import torch.distributed as dist
+    except ImportError:
+        return False
     if dist.is_initialized():
-        return
+        return True
     if hvd.local_size() == hvd.size():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     address = hvd.broadcast_object(free_address())
     dist.init_process_group(
         "gloo", init_method=f"tcp://{address}", rank=hvd.rank(), world_size=hvd.size()
     )
+    return True
 
 
 def start_strategy() -> tf.distribute.Strategy:
@@ -66,6 +73,8 @@ def gpu_of_this_rank() -> torch.device | None:
 
     NCCL refuses two ranks on one GPU.
     """
+    if importlib.util.find_spec("torch") is None:
+        return None
     import torch
     import torch.distributed as dist
 
