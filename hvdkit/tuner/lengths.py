@@ -25,11 +25,11 @@ SCHEDULES = ("ring", "halving_doubling")
 
 #: Buckets, and how much is sent in them in all, the less where messages are slow.  The longest
 #: bucket holds it all, so that it hides nothing.
-BUCKETS = (MIB, 2 * MIB, 4 * MIB, 8 * MIB, 16 * MIB, BUCKET_BYTES, 64 * MIB)
+BUCKETS = (MIB, 4 * MIB, 8 * MIB, 16 * MIB, BUCKET_BYTES, 64 * MIB)
 BUCKETED_BYTES = (64 * MIB, BUCKET_BYTES)
 
 #: Seconds for all turns of all buckets: the choice is one for every step.
-BUCKETS_BUDGET = 2.5
+BUCKETS_BUDGET = 1.5
 
 #: Bytes that backward goes over again and again, and of gradients for which it does.
 COMPUTED_BYTES, COMPUTED_FOR = 64 * KIB, 256 * KIB

@@ -31,8 +31,9 @@ TURN_SECONDS = 4e-3
 BUDGET = 0.5
 MOST_CALLS = 500
 
-#: Turns before those that count.
+#: Turns before those that count; one where a call takes so many times as long as a turn.
 WARM_UPS = 3
+LONG = 10
 
 #: Of a normal distribution: standard deviation over interquartile range, and standard error of the
 #: median over that of the mean.
@@ -107,6 +108,8 @@ def _warm_up(call: Callable[[], object], ranks: Ranks) -> int:
         ranks.barrier()
         seconds = float(ranks.slowest(np.array([_time(call, repeats)]))[0])
         repeats = int(np.clip(TURN_SECONDS / max(seconds, 1e-7), 1, MOST_CALLS))
+        if seconds > LONG * TURN_SECONDS:
+            break
     return repeats
 
 
