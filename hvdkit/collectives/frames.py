@@ -9,6 +9,7 @@ A signature that differs is seen by all ranks.  What is too long for the frame f
 all-gather of its own, once the ranks know that they agree.  And a frame is as long as the call
 needs that came after the last one when that was made before: a training step makes the same calls
 in the same order each time.  All ranks have agreed on all calls so far, so they expect the same.
+Where calls of several lengths come, the frame is as long as where nothing is expected.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Frame:
         exchange: Prepared,
         differ: Callable[[], None],
     ) -> None:
-        self.length = rows.shape[1] - 1
+        self.length: int = rows.shape[1] - 1
         self.rows = rows
         self.mine = rows[rank]
         self.signatures = rows[:, 0]
@@ -121,6 +122,10 @@ class Frames:
             frame = self._kept[length] = Frame(rows, self._transport.rank, exchange, self.differ)
         return frame
 
+    def expects(self, frame: Frame, last: int) -> bool:
+        """Return whether a call after `last` is told of in `frame` from now on."""
+        return self._following.get(last, self._usual) == frame.length
+
     def agree(self, frame: Frame, signature: int, count: int) -> bool:
         """Exchange the upcoming frame; return whether all ranks have this signature.  Collective.
 
@@ -148,18 +153,26 @@ class Frames:
 
     def _expect(self, last: int, count: int) -> None:
         """Note how much there was to tell after the call `last`."""
+        wanted = self._length_for(count)
         expected = self._following.get(last)
-        if self._usual < count <= self._longest:
-            if expected == count:
-                return
-            if len(self._following) >= MOST_EXPECTED:
-                self._following.clear()
-            self._following[last] = count
-        elif expected is None:
-            return
+        if expected is None:
+            following = wanted
+        elif wanted < expected:
+            following = min(expected, self._usual)
         else:
-            del self._following[last]
+            following = wanted
+        if following == (self._usual if expected is None else expected):
+            return
+        if expected is None and len(self._following) >= MOST_EXPECTED:
+            self._following.clear()
+        self._following[last] = following
         self.state[CHANGES] += 1
+
+    def _length_for(self, count: int) -> int:
+        """Return the length of a frame that is expected to hold `count` integers."""
+        if count <= LEAST // _INT:
+            return LEAST // _INT
+        return count if self._usual < count <= self._longest else self._usual
 
     def close(self) -> None:
         """Let go of the memory and of what the transport keeps for it."""

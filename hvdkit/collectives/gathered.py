@@ -83,7 +83,7 @@ class GatheredAllreduce:
             return 1
         everyone = frame.rows[:, 1:] if fits else self._apart(mine)
         self._combine(everyone, target.reshape(-1).view(self._dtype))
-        if fits and self.quick is not None:
+        if self.quick is not None and fits and frames.expects(frame, last):
             self._prepare(frame, last)
         self.calls += 1
         self.nanoseconds += time.perf_counter_ns() - began

@@ -77,8 +77,8 @@ def predict(
         nbytes: of the message, as `hvdkit.schedules.cost` counts them.
         size: number of ranks.
         ranks_per_node: of a full node; None: all ranks are on one.
-        machine: what messages cost.  For ``"shm"``, and within the nodes of ``"hierarchical"``,
-            `machine.within` is what the shared memory costs.
+        machine: what messages cost.  For ``"shm"``, and within the nodes of ``"hierarchical"`` and
+            of ``"gathered"`` over several, `machine.within` is what the shared memory costs.
         segment_bytes: of a message, at most.
 
     Raises:
@@ -92,6 +92,8 @@ def predict(
         return _shared(collective, place, machine.within)
     if (collective, algorithm) == ("allreduce", "hierarchical"):
         return _hierarchical(place, machine)
+    if (collective, algorithm) == ("allreduce", "gathered") and 1 < per_node < size:
+        return _gathered_nodewise(place, machine)
     steps = _STEPS.get((collective, algorithm))
     if steps is None:
         raise ArgumentError(f"no formula for the time of {collective} by {algorithm!r}")
@@ -156,6 +158,20 @@ def _hierarchical(place: _Place, machine: Machine) -> float:
         return across
     scattered = _shared("reducescatter", within, machine.within)
     return scattered + across + _shared("allgather", within, machine.within)
+
+
+def _gathered_nodewise(place: _Place, machine: Machine) -> float:
+    """Return the seconds in which one rank a node gets everyone's elements, for all of its node."""
+    block = place.nbytes * place.per_node
+    nodes = -(-place.size // place.per_node)
+    within = replace(place, nbytes=block, size=place.per_node)
+    spread = replace(within, nbytes=place.nbytes * place.size)
+    across = predict("allreduce", "gathered", block, nodes, ranks_per_node=1, machine=machine)
+    return (
+        _shared("allgather", within, machine.within)
+        + across
+        + _shared("broadcast", spread, machine.within)
+    )
 
 
 # The steps of the schedules

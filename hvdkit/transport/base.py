@@ -209,12 +209,15 @@ class Backoff:
         if self.stop is not None:
             raise self.stop
         if self._looks <= self.spin + self.YIELDS:
-            os.sched_yield()
-            if self._looks % 8 == 0:
-                time.sleep(0)  # lets go of the GIL, which sched_yield does not
+            self._yield()
             return
         time.sleep(self._sleep)
         self._sleep = min(self._sleep * 1.5, self.LONGEST_SLEEP)
+
+    def _yield(self) -> None:
+        os.sched_yield()
+        if self._looks % 8 == 0:
+            time.sleep(0)  # lets go of the GIL, which sched_yield does not
 
     def wait(self, request: Request) -> None:
         """Return when `request` is complete."""

@@ -123,13 +123,13 @@ class Estimates:
 
     def modelled(self, kind: str, name: str, nbytes: int) -> float:
         """Return the seconds by the model, with the check that the ranks agree."""
-        several = self.per_node < self.size
-        check = self.levels.check[several]
+        nested = 1 < self.per_node < self.size
         machine = self.levels.messages
         if name in ("shm", "hierarchical"):
             machine = self.levels.shared
         elif name == "gathered":
-            machine = _checking(machine, self.levels.check)
+            within = self.levels.shared.within if nested else machine.within
+            machine = _checking(Machine(within, machine.across), self.levels.check, nested=nested)
         seconds = predict(
             kind,
             name,
@@ -139,7 +139,14 @@ class Estimates:
             machine=machine,
             segment_bytes=self.segment_bytes(nbytes),
         )
-        return seconds + (0.0 if name in _CHECKED else check * log2_ceil(self.size))
+        return seconds + (0.0 if name in _CHECKED else self._check_seconds(nested))
+
+    def _check_seconds(self, nested: bool) -> float:
+        """Return how long it takes the ranks to find that they agree."""
+        if not nested:
+            return self.levels.check[self.per_node < self.size] * log2_ceil(self.size)
+        nodes = -(-self.size // self.per_node)
+        return self.levels.check[1] * log2_ceil(nodes) + 2 * self.levels.shared.within.alpha
 
     def segment_bytes(self, nbytes: int) -> int:
         """Return the bytes of a segment of a message of so many bytes."""
@@ -175,9 +182,7 @@ class Estimates:
         return Estimate(seconds, margin, MEASURED)
 
 
-def _checking(machine: Machine, check: tuple[float, float]) -> Machine:
+def _checking(machine: Machine, check: tuple[float, float], *, nested: bool) -> Machine:
     """Return the machine as the messages of the ranks' check see it."""
-    return Machine(
-        within=replace(machine.within, alpha=check[0]),
-        across=replace(machine.across, alpha=check[1]),
-    )
+    within = machine.within if nested else replace(machine.within, alpha=check[0])
+    return Machine(within=within, across=replace(machine.across, alpha=check[1]))

@@ -53,8 +53,8 @@ def test_what_fits_travels_with_the_signature():
             made.gather(length, np.ones(length, np.int64))
         return lengths
 
-    usual = 1 + 128
-    assert on_ranks(2, body) == [[usual, usual, usual, usual, 129]] * 2
+    usual, short = 1 + 128, 1 + 8
+    assert on_ranks(2, body) == [[usual, short, usual, usual, 129]] * 2
 
 
 def test_many_ranks_have_short_frames():
@@ -76,9 +76,25 @@ def test_a_frame_is_as_long_as_the_call_that_is_expected():
                 made.gather(signature, np.ones(length, np.int64))
         return lengths
 
-    usual = 129
-    first, later = [usual, usual, 1000, usual], [usual, 1001, usual]
-    assert on_ranks(2, body) == [[*first, *later, *later]] * 2
+    usual, short = 129, 9
+    first, second, third = [usual, usual, 1000, usual], [usual, 1001, short], [short, 1001, short]
+    assert on_ranks(2, body) == [[*first, *second, *third]] * 2
+
+
+def test_a_frame_fits_all_short_calls_that_come_after_one():
+    """Two kinds of steps: the short frame of the first is forgotten once the other has come."""
+
+    def body(transport):
+        made, lengths = counted(transport)
+        for length in (1, 1, 100, 1, 100):
+            made.gather(1, NOTHING)
+            made.gather(2, np.ones(length, np.int64))
+        return lengths
+
+    usual, short = 129, 9
+    first, second, third = [usual, usual], [usual, short], [short, short, 100]
+    rest = [short, usual] * 2
+    assert on_ranks(2, body) == [[*first, *second, *third, *rest]] * 2
 
 
 def test_what_is_expected_in_vain_is_forgotten():

@@ -414,7 +414,9 @@ def test_an_interrupted_wait_ends_with_the_error_given(waiting_for):
     on_tcp_ranks(2, body)
 
 
-def test_a_wait_can_look_before_it_sleeps():
+def test_a_wait_looks_and_yields_before_it_sleeps():
+    awake = 10 + Backoff.YIELDS
+
     def body(t):
         backoff = t.new_backoff(10)
         looks = []
@@ -422,10 +424,10 @@ def test_a_wait_can_look_before_it_sleeps():
         class Request:
             def Test(self):  # noqa: N802
                 looks.append(time.monotonic())
-                return len(looks) == 14
+                return len(looks) == awake + 4
 
         backoff.wait(Request())
-        return [b - a for a, b in itertools.pairwise(looks[10:])]
+        return [b - a for a, b in itertools.pairwise(looks[awake:])]
 
     slept = on_tcp_ranks(1, body)[0]
     assert all(seconds > 0.01 for seconds in slept[1:])

@@ -21,11 +21,6 @@ typedef struct {
     long looks;
 } PersistentObject;
 
-static PyObject *failed(const char *function, int code)
-{
-    return PyErr_Format(PyExc_RuntimeError, "%s failed with error %d", function, code);
-}
-
 static PyObject *call(PyObject *callable, PyObject *const *Py_UNUSED(args), size_t flags,
                       PyObject *keywords)
 {
@@ -34,19 +29,19 @@ static PyObject *call(PyObject *callable, PyObject *const *Py_UNUSED(args), size
     if ((keywords && PyTuple_GET_SIZE(keywords)) ||
         hv_arg_count("run", PyVectorcall_NARGS(flags), 0))
         return NULL;
+    const char *function = "MPI_Startall";
     Py_BEGIN_ALLOW_THREADS
     error = self->start(self->count, self->requests.buf);
+    if (!error) {
+        function = "MPI_Testall";
+        hv_patience patience = hv_patience_of(self->looks);
+        do
+            error = self->test(self->count, self->requests.buf, &done, self->statuses.buf);
+        while (!done && !error && hv_wait_a_little(&patience));
+    }
     Py_END_ALLOW_THREADS
     if (error)
-        return failed("MPI_Startall", error);
-    Py_BEGIN_ALLOW_THREADS
-    hv_patience patience = hv_patience_of(self->looks);
-    do
-        error = self->test(self->count, self->requests.buf, &done, self->statuses.buf);
-    while (!done && !error && hv_wait_a_little(&patience));
-    Py_END_ALLOW_THREADS
-    if (error)
-        return failed("MPI_Testall", error);
+        return PyErr_Format(PyExc_RuntimeError, "%s failed with error %d", function, error);
     return done ? Py_NewRef(Py_None) : PyObject_CallNoArgs(self->wait);
 }
 

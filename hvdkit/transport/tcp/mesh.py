@@ -18,14 +18,14 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from hvdkit.errors import PeerError
 from hvdkit.transport.tcp.forks import forget_in_children
 from hvdkit.transport.tcp.link import Link, prepare
 from hvdkit.transport.tcp.messages import CONTROL, Matching, Operation
-from hvdkit.transport.tcp.swap import NOTHING, Progress, Swap
+from hvdkit.transport.tcp.swap import NOTHING, Swap
 
 _GOODBYE, _ABORT = b"G", b"A"  # the first byte of a control message; a text may follow
 
@@ -102,27 +102,36 @@ class Mesh:
             self._matching.post(operation, channel, memory)
         return operation
 
+    def links(self, peers: Sequence[int]) -> list[Link]:
+        """Return the links to `peers`."""
+        return [self._links[peer] for peer in peers]
+
     def swap(self, messages: Swap) -> list[Operation]:
         """Exchange messages as far as can be now; return what is still to be waited for."""
         with self.lock:
-            links = [self._links[peer] for peer in messages.peers]
-            quick = all(link.between and link.peer not in self._left for link in links)
-            here = None
-            if quick and not (self.closed or self._failure):
-                here = self._matching.collect(messages.channel, messages.peers, messages.theirs)
-            left: list[Progress] | None = [NOTHING] * len(links)
-            if here is not None:
-                left = messages.now(tuple([link.sock.fileno() for link in links]), tuple(here))
-            if left is None:
+            here = self._arrived(messages)
+            left = None if here is None else messages.now(here)
+            if left is not None and not left:
                 return []
             operations = []
-            for number, link in enumerate(links):
-                sent, *come = left[number]
+            for number, link in enumerate(messages.links):
+                sent, *come = NOTHING if left is None else left[number]
                 views, memory = messages.left(number, sent), messages.theirs[number]
                 if here and here[number]:
                     memory, come = None, []
                 operations += self._go_on(link, messages.channel, views, memory, b"".join(come))
             return operations
+
+    def _arrived(self, messages: Swap) -> tuple[bool, ...] | None:
+        """Return which of the messages are there; None if their links are not free for others."""
+        if self.closed or self._failure or not self._left.isdisjoint(messages.peers):
+            return None
+        for link in messages.links:
+            if not link.between:
+                return None
+        if self._matching.is_empty(messages.channel):
+            return messages.nothing_here
+        return self._matching.collect(messages.channel, messages.peers, messages.theirs)
 
     def _go_on(
         self,

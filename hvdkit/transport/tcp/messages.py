@@ -115,9 +115,13 @@ class Matching:
                 return source, inbox.arrived[0].nbytes
         return None
 
+    def is_empty(self, channel: int) -> bool:
+        """Return whether no message of a channel is waited for, and none waits."""
+        return channel not in self._inboxes and channel not in self._over
+
     def collect(
         self, channel: int, sources: Sequence[int], memories: Sequence[memoryview | None]
-    ) -> list[bool] | None:
+    ) -> tuple[bool, ...] | None:
         """Receive what has arrived from each of `sources`; return from which.
 
         None, with nothing received, if a receive waits already, or anything else has arrived.
@@ -145,7 +149,7 @@ class Matching:
             memory[:] = arrival.memory
             inboxes[source].arrived.popleft()
             self._tidy(channel, source, inboxes[source])
-        return [arrival is not None for arrival in found]
+        return tuple([arrival is not None for arrival in found])
 
     def take(self, channel: int, source: int) -> bytes | None:
         """Return the next message if all of it is there."""

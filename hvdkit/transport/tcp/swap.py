@@ -57,6 +57,9 @@ class Swap:
         self._memory = memory.data
         self.channel = channel
         self.peers = tuple(sorted({*outward, *inward}))
+        self.links = mesh.links(self.peers)
+        self.nothing_here = (False,) * len(self.peers)
+        self._handles = tuple([link.sock.fileno() for link in self.links])
         self.ours = [self._part(outward, peer) for peer in self.peers]
         self.theirs = [self._part(inward, peer) for peer in self.peers]
         self._headers = b"".join(
@@ -75,15 +78,14 @@ class Swap:
         for operation in self._mesh.swap(self):
             self._backoff.wait(operation)
 
-    def now(self, handles: tuple[int, ...], here: tuple[bool, ...]) -> list[Progress] | None:
-        """Do as much as can be at once; return what has become of it, None if it is done.
+    def now(self, here: tuple[bool, ...]) -> list[Progress]:
+        """Do as much as can be at once; return what has become of it, nothing if it is done.
 
         Args:
-            handles: of the sockets.
             here: whether what a peer sends has been received already.
         """
         looks = min(self._backoff.spin, LOOKS)
-        return swap(handles, here, self._headers, self._places, self._memory, looks)
+        return swap(self._handles, here, self._headers, self._places, self._memory, looks) or []
 
     def left(self, number: int, sent: int) -> list[memoryview]:
         """Return what is still to be sent to the `number`-th peer after `sent` bytes."""

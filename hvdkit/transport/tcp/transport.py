@@ -40,7 +40,10 @@ _LENGTH = struct.Struct("<Q")
 
 
 class SocketBackoff(Backoff):
-    """How a rank waits for messages over TCP: look, then sleep until something comes."""
+    """How a rank waits for messages over TCP: look, then yield, then sleep until something comes.
+
+    To be woken takes 50 us on a virtual machine, in which the next rank falls asleep in turn.
+    """
 
     __slots__ = ("_mesh", "_seen", "deadline")
 
@@ -61,6 +64,9 @@ class SocketBackoff(Backoff):
             return
         if self.stop is not None:
             raise self.stop
+        if self._looks <= self.spin + self.YIELDS:
+            self._yield()
+            return
         if self.deadline < time.monotonic():
             raise TimeoutError("the other ranks did not answer in time")
         self._seen = self._mesh.sleep(self._seen)
