@@ -7,7 +7,7 @@ same whether it has one rank's row or those of all::
     rank         0      1         2      3
     [1]          ab     ab        cd     cd       all-gather in each node's arena
     [2]         abcd <--------> abcd              all-gather among the nodes' first ranks
-    [3]         abcd   abcd      abcd   abcd      broadcast in each node's arena
+    [3]         abcd   abcd      abcd   abcd      broadcast of the others' in each node's arena
 
 So m nodes need m(m-1) messages, however many ranks they have, and the ranks that do not cross leave
 the cores to those that do.
@@ -60,6 +60,12 @@ class NodewiseAllgather:
         number = next(i for i, node in enumerate(nodes) if rank in node)
         first = fullest * number
         self._everything = everything
+        self._others = everything
+        """What this node's ranks have not got from each other, in one piece."""
+        if number == 0:
+            self._others = everything[fullest:]
+        elif number == len(nodes) - 1:
+            self._others = everything[:first]
         self._node = everything[first : first + len(nodes[number])]
         self._own = self._node[nodes[number].index(rank)]
         self._order = np.zeros(size, np.int64)
@@ -99,7 +105,7 @@ class NodewiseAllgather:
 
     def _spread(self) -> None:
         if self._arena is not None:
-            self._arena_call(self._arena.native.broadcast, self._everything, 0, _SIGNATURE)
+            self._arena_call(self._arena.native.broadcast, self._others, 0, _SIGNATURE)
 
     def free(self) -> None:
         if self._across is not None:

@@ -108,6 +108,14 @@ def test_hierarchical_sends_less_between_nodes_than_any_flat_one():
         assert predict("allreduce", name, 64, 8, segment_bytes=64, **how) >= nested
 
 
+def test_gathered_over_nodes_crosses_once_for_all_of_a_node():
+    """Two nodes of four: a round in each node's memory, one across, and another in memory."""
+    how = {"ranks_per_node": 4}
+    assert predict("allreduce", "gathered", 8, 8, machine=TWO_LEVELS, **how) == 102
+    assert predict("allreduce", "gathered", 8, 8, machine=SHARED_LINK, **how) == 32
+    assert predict("allreduce", "gathered", 8, 8, ranks_per_node=1, machine=TWO_LEVELS) == 300
+
+
 def test_shared_memory_takes_two_rounds():
     assert predict("allreduce", "shm", 8, 4, machine=machine(Level(1.0, 0.0, 0.0))) == 2
     assert predict("allreduce", "shm", 8, 4, machine=machine(Level(0.0, 1.0, 0.0))) == 12

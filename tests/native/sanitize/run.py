@@ -33,6 +33,8 @@ TESTS = (
     "native/test_short_way.py",
     "core/test_gathered.py",
     "core/test_tcp_swap.py",
+    "core/test_nodewise.py",
+    "core/test_prepared.py",
 )
 LONG_TESTS = ("native/test_arena_stress.py",)
 
