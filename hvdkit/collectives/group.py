@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -340,8 +340,7 @@ class Group:
         """
         if counts is None and source is None and target.nbytes <= self._longest_prepared(target):
             call = (kind, algorithm, target.size, target.dtype, root)
-            lay_out = partial(self._lay_out, kind, algorithm, target, None, None, root, whole=True)
-            prepared = self.prepared.get(call, target, lay_out)
+            prepared = self.prepared.get(call, target, partial(self._moves, call, target))
             prepared.run(target, op, recorder=self.tracer)
             return
         if counts is not None:
@@ -353,6 +352,18 @@ class Group:
                 moves = self._lay_out(kind, algorithm, target, None, None, root)
                 self.keep(key, moves)
         self.executor.run(moves, target, source=source, op=op, recorder=self.tracer)
+
+    def _moves(
+        self, call: tuple[str, str, int, np.dtype[Any], int], target: NDArray[Any]
+    ) -> tuple[Move, ...]:
+        """Return the moves of a schedule on messages that are not cut in segments."""
+        kind, algorithm, _, _, root = call
+        key = ("whole", *call)
+        moves = self.recall(key)
+        if moves is None:
+            moves = self._lay_out(kind, algorithm, target, None, None, root, whole=True)
+            self.keep(key, moves)
+        return cast("tuple[Move, ...]", moves)
 
     def _longest_prepared(self, target: NDArray[Any]) -> int:
         """Return up to how many bytes messages are not worth cutting in segments."""

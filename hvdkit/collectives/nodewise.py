@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hvdkit.errors import HorovodInternalError
 from hvdkit.transport.arena import Arena
 from hvdkit.transport.base import Prepared, Transport
 
-#: Of these operations of the arena; any number would do.
-_SIGNATURE = 0x6E6F646577697365
+#: Signatures of these operations of the arena.  Any two numbers would do.
+_GATHER, _SPREAD = 0x6E6F646577697365, 0x6E6F646577697366
 
 
 class NodewiseAllgather:
@@ -82,30 +83,31 @@ class NodewiseAllgather:
         """Receive every other rank's row into its own, and send them this rank's.  Collective.
 
         Raises:
-            PeerError: a rank died.  An error across nodes ends the waits of this node's ranks, too.
+            PeerError: a rank died.  An error here ends the waits of this node's other ranks, too.
+            HorovodInternalError: this node's ranks are in different calls; they had agreed before.
         """
         if not self._in_place:
             self._own[:] = self._mine
-        self._gather()
-        if self._across is not None:
-            try:
+        try:
+            self._in_arena("allgather", self._own, self._node, self._bytes, _GATHER)
+            if self._across is not None:
                 self._across.run()
-            except BaseException:
-                if self._arena is not None:
-                    self._arena.native.abort()
-                raise
-        self._spread()
+            self._in_arena("broadcast", self._others, 0, _SPREAD)
+        except BaseException:
+            if self._arena is not None:
+                self._arena.native.abort()
+            raise
         if not self._in_place:
             np.take(self._everything, self._order, axis=0, out=self._rows)
 
-    def _gather(self) -> None:
-        if self._arena is not None:
-            arguments = (self._own, self._node, self._bytes, _SIGNATURE)
-            self._arena_call(self._arena.native.allgather, *arguments)
-
-    def _spread(self) -> None:
-        if self._arena is not None:
-            self._arena_call(self._arena.native.broadcast, self._others, 0, _SIGNATURE)
+    def _in_arena(self, operation: str, *arguments: Any) -> None:
+        """Let the arena do it, if there is one."""
+        if self._arena is None:
+            return
+        if self._arena_call(getattr(self._arena.native, operation), *arguments):
+            raise HorovodInternalError(
+                "the ranks of a node are not in step; a call that was interrupted may be the cause"
+            )
 
     def free(self) -> None:
         if self._across is not None:

@@ -97,6 +97,7 @@ class GroupMaker:
             self.tuning,
             group.size,
             int(local_sizes.max()),
+            nested=group.hierarchy is not None,
             segment_bytes=self._config.segment_bytes,
             usual_segment=group.segment_bytes,
         )

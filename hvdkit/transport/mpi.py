@@ -6,6 +6,7 @@ import ctypes
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -139,11 +140,9 @@ class _PersistentExchange:
 
     def _natively(self) -> Callable[[], None] | None:
         """Return what the native module makes of it: Python takes as long as a small message."""
-        library = ctypes.CDLL(MPI.__file__)  # in which the symbols of libmpi are found, too
-        functions = [getattr(library, name, None) for name in ("MPI_Startall", "MPI_Testall")]
-        if not self._requests or None in functions:
+        addresses = _addresses("MPI_Startall", "MPI_Testall")
+        if not self._requests or None in addresses:
             return None
-        addresses = [ctypes.cast(cast(Any, found), ctypes.c_void_p).value for found in functions]
         size = MPI._sizeof(MPI.Request)
         handles = b"".join(ctypes.string_at(MPI._addressof(r), size) for r in self._requests)
         count = len(self._requests)
@@ -164,11 +163,30 @@ class _PersistentExchange:
         self._backoff.wait(self)
 
     def free(self) -> None:
-        """Let go of the messages, unless some were given up and may yet come."""
-        if not MPI.Is_finalized() and self not in self._backoff.abandoned:
-            for request in self._requests:
-                request.Free()
+        """Let go of the messages; those that were given up may yet come, and keep their memory."""
+        if MPI.Is_finalized():
+            return
+        if not MPI.Request.Testall(self._requests):
+            _given_up.append(self)
+            return
+        for request in self._requests:
+            request.Free()
         self._requests.clear()
+
+
+#: Exchanges whose messages may come after whoever made them is gone.
+_given_up: list[_PersistentExchange] = []
+
+
+@cache
+def _addresses(*names: str) -> tuple[int | None, ...]:
+    """Return where functions of the MPI library are; None where one is not found."""
+    library = ctypes.CDLL(MPI.__file__)  # in which the symbols of libmpi are found, too
+    functions = [getattr(library, name, None) for name in names]
+    return tuple(
+        None if found is None else ctypes.cast(cast(Any, found), ctypes.c_void_p).value
+        for found in functions
+    )
 
 
 def _pieces(memory: Bytes, part: Part) -> Iterator[tuple[Bytes, MPI.Datatype]]:

@@ -46,6 +46,7 @@ class Estimates:
         tuning: what was measured; None: nothing, so that figures are those of usual machines.
         size: of the group.
         per_node: ranks on its fullest node.
+        nested: whether the ranks of each of several nodes share memory.
         sharing: how many messages share a link between nodes, whatever they are part of.
         segment_bytes: of all messages, if the user has said so.
         usual_segment: of those that nobody has tuned.
@@ -58,6 +59,7 @@ class Estimates:
         per_node: int | None = None,
         *,
         sharing: int = 1,
+        nested: bool = True,
         segment_bytes: int | None = None,
         usual_segment: int = SEGMENT_BYTES,
     ) -> None:
@@ -66,6 +68,7 @@ class Estimates:
         self.fixed_segment = segment_bytes
         self.usual_segment = usual_segment
         self.per_node = size if per_node is None else per_node
+        self.nested = nested and 1 < self.per_node < size
         self.levels = USUAL_LEVELS if tuning is None else tuning.levels
         across = self.levels.across
         if sharing > 1:
@@ -123,13 +126,13 @@ class Estimates:
 
     def modelled(self, kind: str, name: str, nbytes: int) -> float:
         """Return the seconds by the model, with the check that the ranks agree."""
-        nested = 1 < self.per_node < self.size
         machine = self.levels.messages
         if name in ("shm", "hierarchical"):
             machine = self.levels.shared
         elif name == "gathered":
-            within = self.levels.shared.within if nested else machine.within
-            machine = _checking(Machine(within, machine.across), self.levels.check, nested=nested)
+            within = self.levels.shared.within if self.nested else machine.within
+            machine = Machine(within, machine.across)
+            machine = _checking(machine, self.levels.check, nested=self.nested)
         seconds = predict(
             kind,
             name,
@@ -139,11 +142,11 @@ class Estimates:
             machine=machine,
             segment_bytes=self.segment_bytes(nbytes),
         )
-        return seconds + (0.0 if name in _CHECKED else self._check_seconds(nested))
+        return seconds + (0.0 if name in _CHECKED else self._check_seconds())
 
-    def _check_seconds(self, nested: bool) -> float:
+    def _check_seconds(self) -> float:
         """Return how long it takes the ranks to find that they agree."""
-        if not nested:
+        if not self.nested:
             return self.levels.check[self.per_node < self.size] * log2_ceil(self.size)
         nodes = -(-self.size // self.per_node)
         return self.levels.check[1] * log2_ceil(nodes) + 2 * self.levels.shared.within.alpha

@@ -128,6 +128,21 @@ def test_an_error_across_ends_the_waits_of_the_node():
     assert all("cannot go on together" in words[rank] for rank in (1, 3))
 
 
+def test_ranks_of_a_node_that_are_not_in_step_are_an_error_not_a_wrong_result():
+    def body(group):
+        if group.rank > 1:
+            return
+        rows = np.zeros((4, 1), np.int64)
+        exchange = group.hierarchy.prepare_allgather(group, rows)
+        if group.rank == 0:
+            with pytest.raises(HorovodInternalError, match="not in step"):
+                exchange.run()
+        else:
+            assert group.hierarchy.arena.native.barrier(5) == 1
+
+    on_nodes((2, 2), body)
+
+
 @pytest.mark.parametrize("missing", range(4))
 def test_abort_ends_all_waits(missing):
     def body(group):

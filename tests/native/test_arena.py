@@ -436,6 +436,25 @@ def test_a_peer_that_posted_and_then_died_has_done_its_part() -> None:
     run(2, body)
 
 
+def test_a_forked_child_is_no_rank() -> None:
+    """What it asks for is an error, and changes nothing for its parent."""
+
+    def body(_rank: int, arena: Any) -> None:
+        child = os.fork()
+        if not child:
+            try:
+                arena.barrier(1)
+            except RuntimeError as exc:
+                arena.abort()
+                os._exit("forked child" not in str(exc))
+            os._exit(2)
+        assert os.waitpid(child, 0)[1] == 0
+        for number in range(3):
+            assert arena.barrier(number) == 0
+
+    run(2, body)
+
+
 def test_a_zombie_counts_as_dead() -> None:
     memory = shared(2)
     pid = os.fork()

@@ -37,6 +37,8 @@ int hv_check_usable(const ArenaObject *self)
 {
     if (!self->open)
         PyErr_SetString(hv_arena_error, "the arena is closed");
+    else if (self->forks != hv_forks)
+        PyErr_SetString(hv_arena_error, "this process is a forked child of a rank, and no rank itself");
     else if (self->busy)
         PyErr_SetString(hv_arena_error, "the arena is in use by another thread");
     else if (hv_arena_abort_word(&self->arena))

@@ -2,8 +2,8 @@
 #if defined(__linux__)
 #include "arena_object.h"
 
+#include <pthread.h>
 #include <structmember.h>
-#include <unistd.h>
 
 /* -------------------------------------------------------------------------------------- regions */
 
@@ -59,7 +59,7 @@ static PyObject *unregister_region(ArenaObject *self, PyObject *const *args, Py_
 
 static PyObject *abort_arena(ArenaObject *self, PyObject *Py_UNUSED(unused))
 {
-    if (self->open)
+    if (self->open && self->forks == hv_forks)
         hv_arena_abort(&self->arena, HV_GAVE_UP, self->arena.rank);
     Py_RETURN_NONE;
 }
@@ -69,7 +69,7 @@ static void release(ArenaObject *self)
     if (!self->open)
         return;
     self->open = 0;
-    if (self->owner == getpid())
+    if (self->forks == hv_forks)
         hv_arena_close(&self->arena);
     for (int i = 0; i < HV_MAX_REGIONS; i++)
         if (self->arena.regions[i].id)
@@ -125,7 +125,7 @@ static int init(ArenaObject *self, PyObject *args, PyObject *keywords)
                     spin_iterations);
     self->arena.interrupted = hv_run_signal_handlers;
     self->arena.context = self;
-    self->owner = getpid();
+    self->forks = hv_forks;
     self->open = 1;
     return 0;
 }
@@ -219,12 +219,20 @@ static PyMethodDef arena_functions[] = {
     { NULL, NULL, 0, NULL },
 };
 
+unsigned hv_forks;
+
+static void count_fork(void) { hv_forks++; }
+
 int hv_add_arena(PyObject *module)
 {
     hv_arena_error = PyErr_NewExceptionWithDoc(
         "hvdkit.native._native.ArenaError",
         "A local rank died, gave up or closed while others waited for it.", PyExc_RuntimeError,
         NULL);
+    if (pthread_atfork(NULL, NULL, count_fork)) {
+        PyErr_NoMemory();
+        return -1;
+    }
     if (!hv_arena_error || PyType_Ready(&arena_type) ||
         PyModule_AddFunctions(module, arena_functions) ||
         PyModule_AddObjectRef(module, "ArenaError", hv_arena_error))

@@ -14,11 +14,14 @@ typedef struct {
     Py_buffer memory;
     Py_buffer region_memory[HV_MAX_REGIONS];
     PyThreadState *saved; /* of the thread that waits without the GIL */
-    pid_t owner;          /* a forked child that drops its copy must not close the parent's rank */
+    unsigned forks; /* when it was made: a forked child is no rank, and must not end its parent's */
     char open, busy;
 } ArenaObject;
 
 extern PyObject *hv_arena_error;
+
+/* Counts, in each process, the forks that led to it. */
+extern unsigned hv_forks;
 
 /* 0 if calls may begin; else -1, with the reason set as an ArenaError. */
 int hv_check_usable(const ArenaObject *self);
