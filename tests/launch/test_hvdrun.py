@@ -126,8 +126,9 @@ def test_a_rank_that_raises(mode, script):
     others = [at for at, line in enumerate(lines) if re.match(r"\[[02]:err\]", line)]
     cause = lines.index("[1:err] ZeroDivisionError: the loss of rank 1")
     assert all(at > cause for at in others), done.stderr
-    assert lines[-1].startswith("hvdrun: rank 1 of 3 on "), done.stderr
-    if mode == "--tcp" or identify(find_mpirun()).open_mpi == 5:
+    assert lines[-1].startswith("hvdrun: "), done.stderr
+    if mode == "--tcp" or identify(find_mpirun()).open_mpi == 5:  # MPICH's ends its agents at once
+        assert lines[-1].startswith("hvdrun: rank 1 of 3 on "), done.stderr
         assert "MPI_ABORT was invoked" not in done.stderr
         assert "has exited due to process" not in done.stderr
 
