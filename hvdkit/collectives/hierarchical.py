@@ -11,6 +11,7 @@ Nodes of two and of three ranks, hence two shards, s and t; * has been reduced::
     [3]          s*t*   s*t*        s*t*   s*t*   s*t*    all-gather in each node's arena
 
 There are as many shards as the smallest node has ranks, and all of them cross at the same time.
+A short message is one shard: a few bytes cost what their messages cost.
 With m nodes a node sends 2n(m-1)/m bytes, which is the bound, in as few steps as m ranks need.
 A shard is reduced on one rank of a node and, across, by an algorithm whose ranks end with the same
 bits: so all ranks do.  The other collectives of a group over several nodes are flat: messages
@@ -33,12 +34,16 @@ from hvdkit.collectives.nodewise import NodewiseAllgather
 from hvdkit.collectives.pick import pick_across
 from hvdkit.collectives.program import even_bounds
 from hvdkit.collectives.reduction import Reduction
+from hvdkit.config import KIB
 from hvdkit.dtypes import exported
 from hvdkit.errors import HorovodInternalError
 from hvdkit.native import Kernels
 from hvdkit.transport.arena import Arena
 from hvdkit.transport.base import JobTransport, Prepared, Transport
 from hvdkit.tuning.estimates import Estimates
+
+#: Bytes of a message that is not cut in shards, at most.
+ONE_SHARD = 32 * KIB
 
 #: Why a group on one node has none.
 ONE_NODE = "the ranks are on one node"
@@ -78,11 +83,15 @@ class Layout:
         """Return the ranks that hold a shard: one of each node."""
         return tuple(node[shard] for node in self.nodes)
 
-    def counts(self, count: int, local_size: int) -> tuple[int, ...]:
+    def shards_of(self, nbytes: int) -> int:
+        """Return into how many parts a message of `nbytes` is cut."""
+        return 1 if nbytes <= ONE_SHARD else self.shards
+
+    def counts(self, count: int, local_size: int, shards: int) -> tuple[int, ...]:
         """Return how many of `count` elements each rank of a node of `local_size` holds."""
-        bounds = even_bounds(count, self.shards)
+        bounds = even_bounds(count, shards)
         held = [stop - start for start, stop in pairwise(bounds)]
-        return (*held, *[0] * (local_size - self.shards))
+        return (*held, *[0] * (local_size - shards))
 
 
 class Hierarchy:
@@ -133,11 +142,12 @@ class Hierarchy:
             PeerError: a rank of this node died.  An error here ends the waits of the other ranks of
                 this node as well.
         """
-        counts = self.layout.counts(source.size, self._local_size)
+        shards = self.layout.shards_of(source.nbytes)
+        counts = self.layout.counts(source.size, self._local_size, shards)
         ends = list(accumulate(counts, initial=0))
         shard = target[ends[self._local_rank] : ends[self._local_rank + 1]]
         self._scatter(group, plan, source, shard, counts)
-        if self.cross is not None:
+        if self.cross is not None and self._local_rank < shards:
             try:
                 self._cross(self.cross, group, plan, shard)
             except BaseException:

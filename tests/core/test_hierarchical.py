@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hvdkit import collectives
-from hvdkit.collectives import pick
+from hvdkit.collectives import hierarchical, pick
 from hvdkit.collectives.hierarchical import ONE_NODE, Layout
 from hvdkit.collectives.joining import serve_joined
 from hvdkit.collectives.reduction import plan_reduction
@@ -65,10 +65,17 @@ def test_layout_of_leaders():
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 1000])
 def test_counts_share_out_all_elements_among_the_holders(count):
     layout = Layout.of([0, 0, 0, 3, 3, 3, 3])
-    small, large = layout.counts(count, 3), layout.counts(count, 4)
+    small, large = layout.counts(count, 3, 3), layout.counts(count, 4, 3)
     assert sum(small) == sum(large) == count
     assert large == (*small, 0)
     assert max(small) - min(small) <= 1
+
+
+def test_a_short_message_is_one_shard():
+    layout = Layout.of([0, 0, 2, 2])
+    assert layout.shards_of(hierarchical.ONE_SHARD) == 1
+    assert layout.shards_of(hierarchical.ONE_SHARD + 1) == 2
+    assert layout.counts(9, 2, 1) == (9, 0)
 
 
 # The result
@@ -79,6 +86,7 @@ def across(request, monkeypatch):
     """Make shards cross as small ones do, or as large ones."""
     pick.usual_across.cache_clear()
     if request.param == "large":
+        monkeypatch.setattr(hierarchical, "ONE_SHARD", -1)
         monkeypatch.setattr(pick, "GATHERED_BY_TWO", -1)
         monkeypatch.setattr(pick, "GATHERED_ACROSS", -1)
     yield
