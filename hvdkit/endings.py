@@ -167,7 +167,10 @@ def _asked_by_interpreter() -> bool:
 
 def _find_uncaught_exit() -> SystemExit | None:
     """Return the SystemExit that no variable holds, and that ended the frame it came from."""
-    found = [each for each in gc.get_objects() if isinstance(each, SystemExit)]
+    # By type(), for isinstance() asks the objects themselves, of which some answer with a warning.
+    everything = gc.get_objects()
+    found: list[SystemExit] = [each for each in everything if issubclass(type(each), SystemExit)]
+    del everything  # or it would refer to them
     for error in found:
         trace = error.__traceback__  # before Python 3.12 none yet
         ended_there = trace is None or trace.tb_frame.f_lasti == trace.tb_lasti
