@@ -16,7 +16,7 @@ from hvdkit.collectives.calls import JOIN, JOINABLE, Call, joined_error, mismatc
 from hvdkit.collectives.executor import Executor
 from hvdkit.collectives.frames import TOLD, Frames, Prepare
 from hvdkit.collectives.pick import NO_HIERARCHY
-from hvdkit.collectives.prepared import LONGEST, PreparedSchedules
+from hvdkit.collectives.prepared import PreparedSchedules, is_short
 from hvdkit.collectives.program import Move, bounds_of, even_bounds, lay_out
 from hvdkit.dtypes import ReduceOp
 from hvdkit.errors import (
@@ -40,9 +40,6 @@ SECONDS_FOR_A_REASON = 1.0
 
 #: Plans kept: calls that differ in name, shape, dtype or arguments.  A training step has hundreds.
 MOST_PLANS = 4096
-
-#: Where messages are cut in short segments, so many of them are one still.
-SEGMENTS_PREPARED = 4
 
 
 class Recorder(Protocol):
@@ -338,37 +335,28 @@ class Group:
 
         `source`, of the same dtype, is what is sent, if not `target`: `source_counts` a chunk.
         """
-        if counts is None and source is None and target.nbytes <= self._longest_prepared(target):
-            call = (kind, algorithm, target.size, target.dtype, root)
-            prepared = self.prepared.get(call, target, partial(self._moves, call, target))
-            prepared.run(target, op, recorder=self.tracer)
-            return
         if counts is not None:
             moves = self._lay_out(kind, algorithm, target, counts, source_counts, root)
         else:
-            key = (kind, algorithm, target.size, target.itemsize, root)
-            moves = self.recall(key)
-            if moves is None:
-                moves = self._lay_out(kind, algorithm, target, None, None, root)
-                self.keep(key, moves)
+            segment = self.estimates.segment_bytes(target.nbytes)
+            whole = source is None and is_short(target.nbytes, segment)
+            moves = self._moves(kind, algorithm, target, root, whole=whole)
+            if whole:
+                key = (kind, algorithm, root)
+                self.prepared.get(key, moves, target).run(target, op, recorder=self.tracer)
+                return
         self.executor.run(moves, target, source=source, op=op, recorder=self.tracer)
 
     def _moves(
-        self, call: tuple[str, str, int, np.dtype[Any], int], target: NDArray[Any]
+        self, kind: str, algorithm: str, target: NDArray[Any], root: int, *, whole: bool
     ) -> tuple[Move, ...]:
-        """Return the moves of a schedule on messages that are not cut in segments."""
-        kind, algorithm, _, _, root = call
-        key = ("whole", *call)
+        """Return the moves of a schedule that cuts a message evenly; `whole`: not in segments."""
+        key = (kind, algorithm, target.size, target.itemsize, root, whole)
         moves = self.recall(key)
         if moves is None:
-            moves = self._lay_out(kind, algorithm, target, None, None, root, whole=True)
+            moves = self._lay_out(kind, algorithm, target, None, None, root, whole=whole)
             self.keep(key, moves)
         return cast("tuple[Move, ...]", moves)
-
-    def _longest_prepared(self, target: NDArray[Any]) -> int:
-        """Return up to how many bytes messages are not worth cutting in segments."""
-        segment = self.estimates.segment_bytes(target.nbytes)
-        return min(LONGEST, SEGMENTS_PREPARED * segment)
 
     def _lay_out(
         self,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,18 @@ from hvdkit.transport.base import Part, Prepared
 #: Bytes of a message, at most: where copying it twice takes as long as Python does for a few steps.
 LONGEST = 128 * KIB
 
+#: So many segments of a message are one still.
+SEGMENTS = 4
+
 #: Schedules kept, the memory and the messages of each; the one not used for longest goes first.
 MOST_KEPT = 64
 
 _ALIGNMENT = 64
+
+
+def is_short(nbytes: int, segment_bytes: int) -> bool:
+    """Return whether a message is not worth cutting in segments of so many bytes."""
+    return nbytes <= min(LONGEST, SEGMENTS * segment_bytes)
 
 
 class PreparedSchedule:
@@ -102,22 +110,23 @@ class PreparedSchedules:
         self._kept: OrderedDict[Hashable, PreparedSchedule] = OrderedDict()
 
     def get(
-        self, key: Hashable, target: NDArray[Any], lay_out: Callable[[], Sequence[Move]]
+        self, schedule: tuple[Hashable, ...], moves: Sequence[Move], target: NDArray[Any]
     ) -> PreparedSchedule:
-        """Return the schedule kept under `key`, or one of the moves that are laid out now.
+        """Return a schedule for arrays like `target`: one that is kept, if there is one.
 
         Args:
-            key: tells from all others the schedule, the number of elements and their dtype.
-            target: an array like those that it is for.
-            lay_out: returns the moves, of one segment a run of chunks.
+            schedule: tells it from all others.
+            moves: of it, of one segment a run of chunks.
+            target: an array; only its length and dtype matter.
         """
+        key = (*schedule, target.size, target.dtype)
         found = self._kept.get(key)
         if found is not None:
             self._kept.move_to_end(key)
             return found
         if len(self._kept) >= MOST_KEPT:
             self._kept.popitem(last=False)[1].free()
-        made = PreparedSchedule(lay_out(), target.size, target.dtype, self._executor)
+        made = PreparedSchedule(moves, target.size, target.dtype, self._executor)
         self._kept[key] = made
         return made
 
