@@ -9,7 +9,8 @@ A signature that differs is seen by all ranks.  What is too long for the frame f
 all-gather of its own, once the ranks know that they agree.  And a frame is as long as the call
 needs that came after the last one when that was made before: a training step makes the same calls
 in the same order each time.  All ranks have agreed on all calls so far, so they expect the same.
-Where calls of several lengths come, the frame is as long as where nothing is expected.
+Where calls of several lengths come in turn, the frame is as long as where nothing is expected; one
+other call among many of a kind, as at the end of a loop, changes nothing.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ MOST_EXPECTED = 4096
 
 
 #: What `Frames.state` holds: the signature of the last call, as a signed integer; a number that
-#: changes with what is expected; how many calls were told of.  The native module knows these.
-LAST, CHANGES, TOLD = range(3)
+#: changes with what is expected; how many calls were told of; and, from then on, for each call
+#: after which something is expected whether the frame was longer than it had to be the last time.
+#: The native module knows these.
+LAST, CHANGES, TOLD, IN_VAIN = range(4)
 
 
 class Frame:
@@ -89,8 +92,9 @@ class Frames:
         size = transport.size
         self._usual = max(LEAST, min(FRAMES // size, MOST)) // _INT
         self._longest = LARGEST_FRAMES // size // _INT
-        self.state = np.zeros(3, np.int64)
+        self.state = np.zeros(IN_VAIN + MOST_EXPECTED, np.int64)
         self._following: dict[int, int] = {}
+        self._marks: dict[int, int] = {}
         self._kept: dict[int, Frame] = {}
 
     def gather(self, signature: int, mine: NDArray[np.int64]) -> NDArray[np.int64] | None:
@@ -126,6 +130,10 @@ class Frames:
         """Return whether a call after `last` is told of in `frame` from now on."""
         return self._following.get(last, self._usual) == frame.length
 
+    def mark(self, last: int) -> int:
+        """Return where the state says that the frame after `last` was too long; 0: nowhere."""
+        return self._marks.get(last, 0)
+
     def agree(self, frame: Frame, signature: int, count: int) -> bool:
         """Exchange the upcoming frame; return whether all ranks have this signature.  Collective.
 
@@ -147,7 +155,7 @@ class Frames:
 
     def differ(self) -> None:
         """Expect nothing any more: a rank in another call has not seen what the others told."""
-        self._following.clear()
+        self._forget()
         self.state[LAST] = 0
         self.state[CHANGES] += 1
 
@@ -155,18 +163,25 @@ class Frames:
         """Note how much there was to tell after the call `last`."""
         wanted = self._length_for(count)
         expected = self._following.get(last)
-        if expected is None:
-            following = wanted
-        elif wanted < expected:
-            following = min(expected, self._usual)
-        else:
-            following = wanted
+        following = wanted
+        if expected is not None:
+            in_vain = wanted < expected
+            if in_vain:
+                again = self.state[self._marks[last]]
+                following = min(expected, self._usual) if again else expected
+            self.state[self._marks[last]] = in_vain
         if following == (self._usual if expected is None else expected):
             return
         if expected is None and len(self._following) >= MOST_EXPECTED:
-            self._following.clear()
+            self._forget()
+        self._marks.setdefault(last, IN_VAIN + len(self._marks))
         self._following[last] = following
         self.state[CHANGES] += 1
+
+    def _forget(self) -> None:
+        self._following.clear()
+        self._marks.clear()
+        self.state[IN_VAIN:] = 0
 
     def _length_for(self, count: int) -> int:
         """Return the length of a frame that is expected to hold `count` integers."""

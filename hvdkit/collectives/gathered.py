@@ -91,8 +91,9 @@ class GatheredAllreduce:
 
     def _prepare(self, frame: Frame, last: int) -> None:
         """Let the native module make the next such call that comes after `last`."""
-        group = self._group
-        self.quick.prepare(last, group.rank, group.size, group.frames.state, frame.rows, frame)
+        group, frames = self._group, self._group.frames
+        who = (group.rank, group.size)
+        self.quick.prepare(last, frames.mark(last), *who, frames.state, frame.rows, frame)
 
     def _apart(self, mine: NDArray[Any]) -> NDArray[np.int64]:
         """Return everyone's elements, which did not fit in the frame: they follow on their own."""

@@ -172,9 +172,20 @@ class Gathered:
     def nanoseconds(self) -> int: ...
     def __call__(self, source: Any, target: Any, /) -> int: ...
     def prepare(
-        self, last: int, rank: int, size: int, state: _Buffer, rows: _Buffer, frame: Any, /
+        self,
+        last: int,
+        mark: int,
+        rank: int,
+        size: int,
+        state: _Buffer,
+        rows: _Buffer,
+        frame: Any,
+        /,
     ) -> None:
-        """Take the next call after `last`; ``frame.run()`` exchanges `rows`."""
+        """Take the next calls after `last`; ``frame.run()`` exchanges `rows`.
+
+        Up to four such are known at a time, of one state.  Each call sets ``state[mark]`` to 0.
+        """
 
 @final
 class Persistent:

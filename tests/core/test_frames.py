@@ -104,8 +104,26 @@ def test_what_is_expected_in_vain_is_forgotten():
             made.gather(5, np.ones(length, np.int64))
         return lengths
 
-    # After a call comes a long one, then a short one, then a long one again.
-    assert on_ranks(2, body) == [[129, 1000, 129, 1000, 1001, 129, 129, 1000]] * 2
+    # After a call comes a long one, then two short ones, then a long one again.
+    assert on_ranks(2, body) == [[129, 1000, 129, 1000, 1001, 1001, 129, 1000]] * 2
+
+
+def test_another_call_at_the_end_of_a_loop_changes_nothing():
+    """The frame that was too long for it stays: what comes next is most likely the loop's again."""
+
+    def body(transport):
+        made, lengths = counted(transport)
+        changes = []
+        for _ in range(4):
+            made.gather(1, NOTHING)
+            for _ in range(3):
+                made.gather(2, np.ones(1000, np.int64))
+            changes.append(made.state.item(frames.CHANGES))
+        return lengths[-8:], changes
+
+    lengths, changes = on_ranks(2, body)[0]
+    assert lengths == [1001] * 8
+    assert changes[2] == changes[3]
 
 
 def test_after_a_difference_nothing_is_expected():

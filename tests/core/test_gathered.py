@@ -5,6 +5,7 @@ import pytest
 
 from hvdkit import collectives, native
 from hvdkit.collectives import gathered
+from hvdkit.collectives.calls import Call
 from hvdkit.dtypes import DTYPES, ReduceOp
 from hvdkit.errors import ArgumentError, MismatchError
 from hvdkit.native import why_unavailable
@@ -82,6 +83,17 @@ def test_the_native_module_makes_what_comes_as_it_came(monkeypatch):
     # Python takes the first turn, in which 500 do not fit, and what follows until all is as before.
     assert len(python) <= 2 * 5
 
+    def loops(group):
+        for _ in range(20):
+            group.differs(Call("barrier", None))  # a call that has nothing to tell
+            for _ in range(3):
+                allreduce(group, np.ones(500, np.float32))
+
+    python.clear()
+    in_group(2, loops)
+    # In turn it comes after itself and after another call; both ways are known.
+    assert len(python) <= 2 * 8
+
 
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -140,7 +152,7 @@ def test_what_is_wrong_with_the_arguments_is_an_error():
     assert made(1, 2) == 0, "nothing is prepared"
     state, rows = np.zeros(3, np.int64), np.zeros((2, 4), np.int64)
     with pytest.raises(AttributeError):
-        made.prepare(0, 0, 2, state, rows, object())
+        made.prepare(0, 0, 0, 2, state, rows, object())
     assert made(1, 2) == 0, "what failed has prepared nothing"
 
 
