@@ -11,11 +11,16 @@ needs that came after the last one when that was made before: a training step ma
 in the same order each time.  All ranks have agreed on all calls so far, so they expect the same.
 Where calls of several lengths come in turn, the frame is as long as where nothing is expected; one
 other call among many of a kind, as at the end of a loop, changes nothing.
+
+A call that came after the last one again and again may need no frames at all: see
+`hvdkit.collectives.short`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,10 +49,31 @@ MOST_EXPECTED = 4096
 
 
 #: What `Frames.state` holds: the signature of the last call, as a signed integer; a number that
-#: changes with what is expected; how many calls were told of; and, from then on, for each call
-#: after which something is expected whether the frame was longer than it had to be the last time.
-#: The native module knows these.
-LAST, CHANGES, TOLD, IN_VAIN = range(4)
+#: changes with what is expected; how many calls were told of; and, from then on, a few counts for
+#: each call after which something is expected.  The native module knows these.
+LAST, CHANGES, TOLD, COUNTS = range(4)
+
+#: The counts after a call: whether the frame was longer than it had to be the last time, and how
+#: sure it is which way comes.  A call that comes natively resets both.
+IN_VAIN, SURE = range(2)
+
+#: From when on a way is expected; where its count ends, and what it loses where another call came.
+EXPECTED = 2
+MOST_SURE = 8
+LOSS = 4
+
+
+class Refused(Protocol):
+    """What all ranks begin with when they expect it."""
+
+    def refuse(self) -> None:
+        """Take part although this rank's call is another.  Collective."""
+        ...
+
+
+def signed(signature: int) -> int:
+    """Return an unsigned integer of 64 bits as the signed one that has the same."""
+    return signature - (1 << 64) if signature >> 63 else signature
 
 
 class Frame:
@@ -57,25 +83,32 @@ class Frame:
         rows: ``(size, 1 + length)``, each rank's signature and what comes after it.
         rank: this one.
         exchange: an all-gather of them.
-        differ: what the frames do where signatures differ.
     """
 
-    __slots__ = ("differ", "exchange", "length", "mine", "rows", "run", "signatures")
+    __slots__ = ("exchange", "length", "mine", "rows", "run", "signatures")
 
-    def __init__(
-        self,
-        rows: NDArray[np.int64],
-        rank: int,
-        exchange: Prepared,
-        differ: Callable[[], None],
-    ) -> None:
+    def __init__(self, rows: NDArray[np.int64], rank: int, exchange: Prepared) -> None:
         self.length: int = rows.shape[1] - 1
         self.rows = rows
         self.mine = rows[rank]
         self.signatures = rows[:, 0]
         self.exchange = exchange
         self.run = exchange.run
-        self.differ = differ
+
+
+@dataclass(slots=True)
+class _Next:
+    """What comes after a call, as far as it did before.
+
+    Args:
+        length: of the frame.
+        counts: where in the state they are.
+        way: that came last.
+    """
+
+    length: int
+    counts: int
+    way: Hashable = None
 
 
 class Frames:
@@ -84,17 +117,25 @@ class Frames:
     Args:
         transport: between them.
         prepare: an all-gather of the frames, if not the transport's own.
+        find: returns the way that a key stands for; None if it is not there any more.
     """
 
-    def __init__(self, transport: Transport, prepare: Prepare | None = None) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        prepare: Prepare | None = None,
+        find: Callable[[Hashable], Refused | None] = lambda _key: None,
+    ) -> None:
         self._transport = transport
         self._prepare = prepare
+        self._find = find
         size = transport.size
         self._usual = max(LEAST, min(FRAMES // size, MOST)) // _INT
         self._longest = LARGEST_FRAMES // size // _INT
-        self.state = np.zeros(IN_VAIN + MOST_EXPECTED, np.int64)
-        self._following: dict[int, int] = {}
-        self._marks: dict[int, int] = {}
+        self.state = np.zeros(COUNTS + 2 * MOST_EXPECTED, np.int64)
+        self._following: dict[int, _Next] = {}
+        self._begun = False
+        """Whether what is expected was begun with, in vain."""
         self._kept: dict[int, Frame] = {}
 
     def gather(self, signature: int, mine: NDArray[np.int64]) -> NDArray[np.int64] | None:
@@ -116,42 +157,84 @@ class Frames:
 
     def upcoming(self) -> Frame:
         """Return the frame in which the next call is told of; it stays this group's own."""
-        length = self._following.get(self.state.item(LAST), self._usual)
+        length = self._length_after(self.state.item(LAST))
         frame = self._kept.get(length)
         if frame is None:
             if len(self._kept) >= MOST_KEPT:
                 self.close()
             rows = np.zeros((self._transport.size, 1 + length), np.int64)
             exchange = (self._prepare or self._transport.prepare_allgather)(rows)
-            frame = self._kept[length] = Frame(rows, self._transport.rank, exchange, self.differ)
+            frame = self._kept[length] = Frame(rows, self._transport.rank, exchange)
         return frame
 
-    def expects(self, frame: Frame, last: int) -> bool:
-        """Return whether a call after `last` is told of in `frame` from now on."""
-        return self._following.get(last, self._usual) == frame.length
+    def expects(self, frame: Frame, last: int, count: int) -> bool:
+        """Return whether a call after `last` that tells `count` integers changes nothing more."""
+        alike = frame.length <= self._usual or frame.length == self._length_for(count)
+        same = self._length_after(last) == frame.length
+        return alike and same and self._way_after(last) is None
 
-    def mark(self, last: int) -> int:
-        """Return where the state says that the frame after `last` was too long; 0: nowhere."""
-        return self._marks.get(last, 0)
+    def counts(self, last: int) -> int:
+        """Return where in the state the counts after a call are; 0: nowhere."""
+        following = self._following.get(last)
+        return 0 if following is None else following.counts
 
-    def agree(self, frame: Frame, signature: int, count: int) -> bool:
+    def agree(self, frame: Frame, signature: int, count: int, *, way: Hashable = None) -> bool:
         """Exchange the upcoming frame; return whether all ranks have this signature.  Collective.
 
         Args:
             frame: with what this rank has to tell, where that fits.
             signature: of the call, 64 bits.
             count: how many integers there are to tell; equal on all ranks of one signature.
+            way: the key of what this call could have begun with.
         """
-        signed = signature - (1 << 64) if signature >> 63 else signature
-        frame.mine[0] = signed
+        self._refuse()
+        mine = signed(signature)
+        frame.mine[0] = mine
         self.state[TOLD] += 1
         frame.run()
-        if frame.signatures.tolist().count(signed) != len(frame.signatures):
+        if frame.signatures.tolist().count(mine) != len(frame.signatures):
             self.differ()
             return False
-        self._expect(self.state.item(LAST), count)
-        self.state[LAST] = signed
+        self._expect(self.state.item(LAST), count, way)
+        self.state[LAST] = mine
         return True
+
+    # Without frames
+
+    def expected(self) -> Hashable:
+        """Return the key of what all ranks begin with, if they expect it of this rank; or None."""
+        return self._way_after(self.state.item(LAST))
+
+    def begin(self) -> None:
+        """Note that this rank begins with what is expected."""
+        self.state[TOLD] += 1
+
+    def refused(self) -> None:
+        """Note that it was in vain: a rank is in another call."""
+        self._begun = True
+
+    def met(self, signature: int) -> None:
+        """Note that all ranks have made the call that was expected."""
+        following = self._following[self.state.item(LAST)]
+        self._count(following, following.way)
+        self.state[LAST] = signed(signature)
+
+    def _refuse(self) -> None:
+        """Take part in what the other ranks may have begun with."""
+        key = None if self._begun else self.expected()
+        self._begun = False
+        if key is None:
+            return
+        self.state[TOLD] += 1
+        way = self._find(key)
+        assert way is not None, "what is expected is there"
+        way.refuse()
+
+    # What is expected
+
+    def changed(self) -> None:
+        """Ask everyone anew what is expected: something that was may not be there any more."""
+        self.state[CHANGES] += 1
 
     def differ(self) -> None:
         """Expect nothing any more: a rank in another call has not seen what the others told."""
@@ -159,29 +242,59 @@ class Frames:
         self.state[LAST] = 0
         self.state[CHANGES] += 1
 
-    def _expect(self, last: int, count: int) -> None:
-        """Note how much there was to tell after the call `last`."""
+    def _length_after(self, last: int) -> int:
+        following = self._following.get(last)
+        return self._usual if following is None else following.length
+
+    def _way_after(self, last: int) -> Hashable:
+        """Return the way that is expected after a call, or None."""
+        following = self._following.get(last)
+        if following is None or following.way is None:
+            return None
+        sure = self.state.item(following.counts + SURE) >= EXPECTED
+        return following.way if sure and self._find(following.way) is not None else None
+
+    def _expect(self, last: int, count: int, way: Hashable) -> None:
+        """Note how much there was to tell after the call `last`, or which way could have come."""
         wanted = self._length_for(count)
-        expected = self._following.get(last)
-        following = wanted
-        if expected is not None:
-            in_vain = wanted < expected
-            if in_vain:
-                again = self.state[self._marks[last]]
-                following = min(expected, self._usual) if again else expected
-            self.state[self._marks[last]] = in_vain
-        if following == (self._usual if expected is None else expected):
+        following = self._following.get(last)
+        if following is None:
+            if wanted == self._usual and way is None:
+                return
+            if len(self._following) >= MOST_EXPECTED:
+                self._forget()
+            place = COUNTS + 2 * len(self._following)
+            self._following[last] = _Next(wanted, place, way)
+            self.state[place + SURE] = way is not None
+            self.state[CHANGES] += 1
             return
-        if expected is None and len(self._following) >= MOST_EXPECTED:
-            self._forget()
-        self._marks.setdefault(last, IN_VAIN + len(self._marks))
-        self._following[last] = following
-        self.state[CHANGES] += 1
+        before = following.length
+        in_vain = wanted < before
+        if not in_vain:
+            following.length = wanted
+        elif self.state[following.counts + IN_VAIN]:
+            following.length = min(before, self._usual)
+        self.state[following.counts + IN_VAIN] = in_vain
+        self._count(following, way)
+        self.state[CHANGES] += following.length != before
+
+    def _count(self, following: _Next, way: Hashable) -> None:
+        """Note which way has come after a call."""
+        place = following.counts + SURE
+        sure = self.state.item(place)
+        before = sure >= EXPECTED
+        if way is not None and way == following.way:
+            sure = min(sure + 1, MOST_SURE)
+        elif before and sure - LOSS >= EXPECTED:
+            sure -= LOSS
+        else:
+            following.way, sure = way, int(way is not None)
+        self.state[place] = sure
+        self.state[CHANGES] += before != (sure >= EXPECTED)
 
     def _forget(self) -> None:
         self._following.clear()
-        self._marks.clear()
-        self.state[IN_VAIN:] = 0
+        self.state[COUNTS:] = 0
 
     def _length_for(self, count: int) -> int:
         """Return the length of a frame that is expected to hold `count` integers."""

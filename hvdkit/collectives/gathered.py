@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdkit.collectives.frames import LAST, Frame
+from hvdkit.collectives.frames import LAST, Frame, signed
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.repeat import Bound
 from hvdkit.dtypes import DTYPES, ReduceOp, bfloat16
-from hvdkit.native import quick_gathered
+from hvdkit.native import quick_gathered, recurring
 
 _INT = np.dtype(np.int64).itemsize
 
@@ -41,7 +41,7 @@ def bind_gathered(group: Group, recipe: tuple[Any, ...], shape: tuple[int, ...])
         shape: of the arrays.
     """
     general = GatheredAllreduce(group, recipe, shape)
-    general.quick = quick_gathered(general, recipe)
+    general.quick = recurring(general, signed(recipe[-1]))
     return general if general.quick is None else general.quick
 
 
@@ -57,6 +57,7 @@ class GatheredAllreduce:
         self.nanoseconds = 0
         self.quick: Any = None
         """Does the same as this, as long as it is as the last time."""
+        self._recipe = recipe
         dtype, op, self._prescale, self._divisor, self._postscale, self._signature = recipe
         self._group = group
         self._dtype = DTYPES[dtype]
@@ -83,7 +84,7 @@ class GatheredAllreduce:
             return 1
         everyone = frame.rows[:, 1:] if fits else self._apart(mine)
         self._combine(everyone, target.reshape(-1).view(self._dtype))
-        if self.quick is not None and fits and frames.expects(frame, last):
+        if self.quick is not None and fits and frames.expects(frame, last, self._count):
             self._prepare(frame, last)
         self.calls += 1
         self.nanoseconds += time.perf_counter_ns() - began
@@ -92,8 +93,12 @@ class GatheredAllreduce:
     def _prepare(self, frame: Frame, last: int) -> None:
         """Let the native module make the next such call that comes after `last`."""
         group, frames = self._group, self._group.frames
-        who = (group.rank, group.size)
-        self.quick.prepare(last, frames.mark(last), *who, frames.state, frame.rows, frame)
+        run = quick_gathered(self._recipe, frame.rows, group.rank, group.size, frame.run)
+        self.quick.prepare(frames.state, last, frames.counts(last), False, run, self._differs)
+
+    def _differs(self, _source: object, _target: object) -> int:
+        self._group.frames.differ()
+        return 1
 
     def _apart(self, mine: NDArray[Any]) -> NDArray[np.int64]:
         """Return everyone's elements, which did not fit in the frame: they follow on their own."""

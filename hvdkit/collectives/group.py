@@ -16,9 +16,9 @@ from hvdkit.collectives.calls import JOIN, JOINABLE, Call, joined_error, mismatc
 from hvdkit.collectives.executor import Executor
 from hvdkit.collectives.frames import TOLD, Frames, Prepare
 from hvdkit.collectives.pick import NO_HIERARCHY
-from hvdkit.collectives.prepared import PreparedSchedules, is_short
+from hvdkit.collectives.prepared import PreparedSchedule, PreparedWays
 from hvdkit.collectives.program import Move, bounds_of, even_bounds, lay_out
-from hvdkit.dtypes import ReduceOp
+from hvdkit.dtypes import DTYPE_CODES, ReduceOp
 from hvdkit.errors import (
     HorovodInternalError,
     HvdkitError,
@@ -104,11 +104,14 @@ class Group:
         self.recorder: Recorder | None = None
         self.doing: Any = None
         """The call under way, or the last one; an all-reduce's plan stands for its call."""
-        self.prepared = PreparedSchedules(self.executor)
-        self.frames = Frames(transport, self._prepare_frames())
+        self.prepared = PreparedWays(self._ways_changed)
+        self.frames = Frames(transport, self._prepare_frames(), self.prepared.find)
         self._failure: HorovodInternalError | None = None
         self._plans: dict[Any, Any] = {}
         self._retired: list[tuple[str, str, str, int, int, float]] = []
+
+    def _ways_changed(self) -> None:
+        self.frames.changed()
 
     def _prepare_frames(self) -> Prepare | None:
         """Return how frames are exchanged where nodes have several ranks; None: plainly."""
@@ -338,23 +341,35 @@ class Group:
         if counts is not None:
             moves = self._lay_out(kind, algorithm, target, counts, source_counts, root)
         else:
-            segment = self.estimates.segment_bytes(target.nbytes)
-            whole = source is None and is_short(target.nbytes, segment)
-            moves = self._moves(kind, algorithm, target, root, whole=whole)
-            if whole:
-                key = (kind, algorithm, root)
-                self.prepared.get(key, moves, target).run(target, op, recorder=self.tracer)
+            if source is None and self.estimates.is_short(target.nbytes):
+                self._run_short(kind, algorithm, target, op, root)
                 return
+            moves = self._moves(kind, algorithm, target, root)
         self.executor.run(moves, target, source=source, op=op, recorder=self.tracer)
 
+    def _run_short(
+        self, kind: str, algorithm: str, target: NDArray[Any], op: ReduceOp, root: int
+    ) -> None:
+        like = (kind, algorithm, target.size, target.dtype, root)
+        schedule = self.prepared.get(like, lambda: self.prepare_schedule(*like))
+        recipe = (DTYPE_CODES[target.dtype], int(op), 1.0, 1, 1.0, 1)
+        schedule.run(recipe, target, target, self.tracer)
+
+    def prepare_schedule(
+        self, kind: str, algorithm: str, count: int, dtype: np.dtype[Any], root: int = 0
+    ) -> PreparedSchedule:
+        """Return a schedule on `count` elements, which are cut evenly.  Local."""
+        found = registry.get(kind, algorithm)
+        return PreparedSchedule(found, count, dtype, self.executor, root=root)
+
     def _moves(
-        self, kind: str, algorithm: str, target: NDArray[Any], root: int, *, whole: bool
+        self, kind: str, algorithm: str, target: NDArray[Any], root: int
     ) -> tuple[Move, ...]:
-        """Return the moves of a schedule that cuts a message evenly; `whole`: not in segments."""
-        key = (kind, algorithm, target.size, target.itemsize, root, whole)
+        """Return the moves of a schedule that cuts a message evenly."""
+        key = (kind, algorithm, target.size, target.itemsize, root)
         moves = self.recall(key)
         if moves is None:
-            moves = self._lay_out(kind, algorithm, target, None, None, root, whole=whole)
+            moves = self._lay_out(kind, algorithm, target, None, None, root)
             self.keep(key, moves)
         return cast("tuple[Move, ...]", moves)
 
@@ -366,8 +381,6 @@ class Group:
         counts: Sequence[int] | None,
         source_counts: Sequence[int] | None,
         root: int,
-        *,
-        whole: bool = False,
     ) -> tuple[Move, ...]:
         found = registry.get(kind, algorithm)
         # Counts, and so the bytes of `target`, may differ between ranks; messages may not.
@@ -382,7 +395,7 @@ class Group:
             self.size,
             even_bounds(target.size, chunks) if counts is None else bounds_of(counts),
             source=None if source_counts is None else bounds_of(source_counts),
-            longest=max(1, target.size if whole else segment // target.itemsize),
+            longest=max(1, segment // target.itemsize),
             root=root,
         )
 

@@ -34,6 +34,7 @@ from hvdkit.collectives.nodewise import NodewiseAllgather
 from hvdkit.collectives.pick import pick_across
 from hvdkit.collectives.program import even_bounds
 from hvdkit.collectives.reduction import Reduction
+from hvdkit.collectives.short_hierarchical import HierarchicalWay
 from hvdkit.config import KIB
 from hvdkit.dtypes import exported
 from hvdkit.errors import HorovodInternalError
@@ -155,6 +156,12 @@ class Hierarchy:
                     self.arena.native.abort()
                 raise
         self._gather(group, plan, shard, target, counts)
+
+    def short_way(self, group: Group, count: int, dtype: np.dtype[Any]) -> HierarchicalWay:
+        """Return the way of arrays of `count` elements that are not worth segments.  Local."""
+        return HierarchicalWay(
+            group, self.layout, self._local_rank, self.arena, self.cross, count, dtype
+        )
 
     def _scatter(
         self,

@@ -26,11 +26,11 @@ GATHERED_AT_ALL = 4 * MIB
 #: node, and into one node from the others where they are not.  Two ranks on a node exchange as
 #: many bytes with any other algorithm.
 GATHERED_WITHIN = 64 * KIB
-GATHERED_ACROSS = 32 * KIB
+GATHERED_ACROSS = 16 * KIB
 GATHERED_BY_TWO = 64 * KIB
 
 #: What is taken for the links between nodes: seconds a step, and seconds a byte (1 Gbit/s).
-STEP_ACROSS = 100e-6
+STEP_ACROSS = 50e-6
 BYTE_ACROSS = 8e-9
 
 #: Up to how many bytes every rank may reduce everything across nodes; beyond that, work is shared
@@ -122,8 +122,8 @@ def usual_across(nbytes: int, size: int) -> str:
 
 def _gathers(nbytes: int, size: int, per_node: int) -> bool:
     """Return whether an all-reduce among ranks on several nodes, or on one (0), is gathered."""
-    if size <= 2 and per_node != 1:
-        return nbytes <= GATHERED_BY_TWO
+    if size <= 2:
+        return nbytes <= (LARGEST_WHOLE if per_node == 1 else GATHERED_BY_TWO)
     if not per_node:
         return size * nbytes <= GATHERED_WITHIN
     return per_node * (size - per_node) * nbytes <= GATHERED_ACROSS

@@ -6,6 +6,14 @@ memory of the schedule's own, whose parts are exchanged again and again (see
 
     copy in  >  exchange, reduce  >  exchange, reduce  >  ...  >  exchange  >  copy out
 
+Behind each chunk travels a mark, which says what call it belongs to, or that ranks differ: marks
+are combined and passed on as the chunks are.  An all-reduce combines every rank's contribution to
+every chunk, so that in the end all ranks know alike whether all of them have made this call::
+
+    | chunk 0 | mark | chunk 1 | mark | ...
+
+Ranks that expect a call can do without agreeing on it first: see `hvdkit.collectives.short`.
+
 Long messages are the executor's: they are worth no copy, and their segments are reduced while the
 next ones arrive.
 """
@@ -13,55 +21,120 @@ next ones arrive.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hvdkit.collectives.executor import Executor, StepRecorder
-from hvdkit.collectives.program import Move
-from hvdkit.config import KIB
-from hvdkit.dtypes import ReduceOp
+from hvdkit.collectives.frames import signed
+from hvdkit.collectives.program import Move, even_bounds, lay_out
+from hvdkit.dtypes import DTYPE_CODES, ReduceOp, exported
+from hvdkit.native import quick_schedule
+from hvdkit.schedules.registry import Algorithm
+from hvdkit.schedules.steps import chunk_indices
 from hvdkit.transport.base import Part, Prepared
 
-#: Bytes of a message, at most: where copying it twice takes as long as Python does for a few steps.
-LONGEST = 128 * KIB
+#: dtype, op, prescale, divisor, postscale and signature of a call, as the arena takes them.
+Recipe: TypeAlias = tuple[int, int, float, int, float, int]
 
-#: So many segments of a message are one still.
-SEGMENTS = 4
+#: Returns who wants to know of steps, if anybody.
+Tracer: TypeAlias = Callable[[], StepRecorder | None]
 
-#: Schedules kept, the memory and the messages of each; the one not used for longest goes first.
+#: Schedules kept, the memory and the messages of each.
 MOST_KEPT = 64
 
+#: The mark of a chunk to which ranks in different calls have contributed.
+DIFFERENT = 0
+
+_MARK = 8
 _ALIGNMENT = 64
 
 
-def is_short(nbytes: int, segment_bytes: int) -> bool:
-    """Return whether a message is not worth cutting in segments of so many bytes."""
-    return nbytes <= min(LONGEST, SEGMENTS * segment_bytes)
+class _Chunk:
+    """A chunk in the message's memory or beside it.
+
+    Args:
+        memory: all of it.
+        place: where the elements begin.
+        nbytes: of them; the mark is behind.
+        dtype: of them.
+    """
+
+    __slots__ = ("elements", "mark", "place")
+
+    def __init__(
+        self, memory: NDArray[np.uint8], place: int, nbytes: int, dtype: np.dtype[Any]
+    ) -> None:
+        end = place + -(-nbytes // _MARK) * _MARK
+        self.place = place
+        self.elements = memory[place : place + nbytes].view(dtype)
+        self.mark = memory[end : end + _MARK].view(np.int64)
 
 
 class PreparedSchedule:
     """The steps of one rank on messages of one length and dtype.
 
     Args:
-        moves: of the schedule, whole: no step is cut in segments.
+        algorithm: the schedule.
         count, dtype: of the elements.
         executor: has the transport, the kernels and how to wait.
+        root: the rank that the schedule calls 0.
     """
 
     def __init__(
-        self, moves: Sequence[Move], count: int, dtype: np.dtype[Any], executor: Executor
+        self,
+        algorithm: Algorithm,
+        count: int,
+        dtype: np.dtype[Any],
+        executor: Executor,
+        *,
+        root: int = 0,
     ) -> None:
         self._executor = executor
-        self._width = dtype.itemsize
-        stride = -(-count * self._width // _ALIGNMENT) * _ALIGNMENT
+        self._dtype = dtype
+        transport = executor.transport
+        chunks = algorithm.chunks(transport.size, 1)
+        ends = even_bounds(count, chunks)
+        lengths = [(stop - start) * dtype.itemsize for start, stop in pairwise(ends)]
+        places = list(accumulate((-(-n // _MARK) * _MARK + _MARK for n in lengths), initial=0))
+        stride = -(-places[-1] // _ALIGNMENT) * _ALIGNMENT
         self._memory = np.zeros(2 * stride, np.uint8)
-        self._work = self._memory[: count * self._width].view(dtype)
-        self._landing = self._memory[stride : stride + count * self._width].view(dtype)
-        self._steps = [(move, self._prepare(move, stride)) for move in moves]
+        self._slices = [slice(*both) for both in pairwise(ends)]
+        self._work, self._landing = (
+            [
+                _Chunk(self._memory, offset + place, nbytes, dtype)
+                for place, nbytes in zip(places, lengths, strict=False)
+            ]
+            for offset in (0, stride)
+        )
+        steps = list(
+            algorithm.steps((transport.rank - root) % transport.size, transport.size, chunks)
+        )
+        moves = lay_out(steps, transport.size, places, longest=places[-1], root=root)
+        reduced = [chunk_indices(step.reduce[1]) if step.reduce else () for step in steps]
+        self._steps = [
+            (move, self._prepare(move, stride), some)
+            for move, some in zip(moves, reduced, strict=True)
+        ]
+        self._quick = quick_schedule(
+            self._memory,
+            DTYPE_CODES[dtype],
+            stride,
+            tuple(zip(places, lengths, strict=False)),
+            tuple(
+                (exchange.run, move.source < transport.rank, some)
+                for move, exchange, some in self._steps
+            ),
+        )
+        """All of it in the native module, where there is one."""
+        self._sent = [
+            sum(lengths[chunk] for chunk in chunk_indices(step.send[1])) if step.send else 0
+            for step in steps
+        ]
+        """Bytes of elements that each step sends."""
 
     def _prepare(self, move: Move, landing: int) -> Prepared:
         """Set up a step's messages; what is to be reduced lands beside the message itself."""
@@ -72,65 +145,121 @@ class PreparedSchedule:
 
     def _parts(self, rank: int, segments: Sequence[slice], offset: int) -> Iterator[Part]:
         for part in segments:
-            yield Part(rank, offset + part.start * self._width, offset + part.stop * self._width)
+            yield Part(rank, offset + part.start, offset + part.stop)
 
     def run(
-        self, target: NDArray[Any], op: ReduceOp, *, recorder: StepRecorder | None = None
-    ) -> None:
-        """Execute it on 1-D `target`, as `Executor.run` does.  Collective."""
-        self._work[:] = target
+        self,
+        recipe: Recipe,
+        source: NDArray[Any],
+        target: NDArray[Any],
+        recorder: StepRecorder | None = None,
+    ) -> bool:
+        """Execute it on 1-D `source`; the result is in `target`, which it may be.  Collective.
+
+        Args:
+            recipe: of a call; that of a collective which reduces nothing has ones.
+            source, target: of the length and dtype of this schedule.
+            recorder: is told of the steps.
+
+        Returns:
+            Whether all ranks have given this recipe's signature; otherwise `target` is as it was.
+        """
+        mark = signed(recipe[-1]) or 1
+        if recorder is None and self._quick is not None:
+            return bool(self._quick(recipe, mark, exported(source), exported(target)))
+        _, op, prescale, divisor, postscale, _ = recipe
+        kernels = self._executor.kernels
+        for chunk, part in zip(self._work, self._slices, strict=True):
+            chunk.elements[:] = source[part]
+            chunk.mark[0] = mark
+            if prescale != 1.0:
+                kernels.scale(chunk.elements, factor=prescale)
+        self._play(ReduceOp(op), recorder)
+        if any(chunk.mark[0] != mark for chunk in self._work):
+            return False
+        for chunk, part in zip(self._work, self._slices, strict=True):
+            target[part] = chunk.elements
+        kernels.scale(target, divisor=divisor, factor=postscale)
+        return True
+
+    def bind(self, recipe: Recipe, tracer: Tracer) -> Callable[[Any, Any], bool]:
+        """Return `run` with all else bound; its arrays are `exported`, of any shape."""
+        quick, mark = self._quick, signed(recipe[-1]) or 1
+
+        def run(source: NDArray[Any], target: NDArray[Any]) -> bool:
+            recorder = tracer()
+            if recorder is None and quick is not None:
+                return quick(recipe, mark, source, target)  # type: ignore[no-any-return]
+            elements = source.reshape(-1).view(self._dtype)
+            return self.run(recipe, elements, target.reshape(-1).view(self._dtype), recorder)
+
+        return run
+
+    def refuse(self) -> None:
+        """Take part although this rank's call is another, so that all ranks see it.  Collective."""
+        for chunk in self._work:
+            chunk.mark[0] = DIFFERENT
+        for _, exchange, _ in self._steps:
+            exchange.run()
+
+    def _play(self, op: ReduceOp, recorder: StepRecorder | None) -> None:
         rank, kernels = self._executor.transport.rank, self._executor.kernels
-        for number, (move, exchange) in enumerate(self._steps):
+        for number, (move, exchange, reduced) in enumerate(self._steps):
             began = 0.0 if recorder is None else time.perf_counter()
             exchange.run()
-            if move.reduces:
-                for part in move.incoming:
-                    first = move.source < rank
-                    kernels.reduce(self._work[part], self._landing[part], op, incoming_first=first)
+            first = move.source < rank
+            for chunk in reduced:
+                ours, theirs = self._work[chunk], self._landing[chunk]
+                kernels.reduce(ours.elements, theirs.elements, op, incoming_first=first)
+                if ours.mark[0] != theirs.mark[0]:
+                    ours.mark[0] = DIFFERENT
             if recorder is not None:
-                nbytes = sum(part.stop - part.start for part in move.outgoing) * self._width
-                recorder.step(f"step {number}: {move}", began, nbytes)
-        target[:] = self._work
+                recorder.step(f"step {number}: {move}", began, self._sent[number])
 
     def free(self) -> None:
         """Let go of what the transport keeps for it.  Local."""
-        for _, exchange in self._steps:
+        for _, exchange, _ in self._steps:
             exchange.free()
 
 
-class PreparedSchedules:
-    """The prepared schedules of one group, of which all ranks use the same in the same order.
+class Kept(Protocol):
+    """What `PreparedWays` keeps."""
+
+    def free(self) -> None: ...
+
+
+class PreparedWays:
+    """What was prepared in one group, of which all ranks make the same in the same order.
 
     Args:
-        executor: as `PreparedSchedule` has it.
+        changed: called when something is no longer there.
     """
 
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
-        self._kept: OrderedDict[Hashable, PreparedSchedule] = OrderedDict()
+    def __init__(self, changed: Callable[[], None]) -> None:
+        self._changed = changed
+        self._kept: dict[Hashable, Any] = {}
 
-    def get(
-        self, schedule: tuple[Hashable, ...], moves: Sequence[Move], target: NDArray[Any]
-    ) -> PreparedSchedule:
-        """Return a schedule for arrays like `target`: one that is kept, if there is one.
+    def find(self, key: Hashable) -> Any:
+        """Return what is kept under `key`, or None."""
+        return self._kept.get(key)
 
-        Args:
-            schedule: tells it from all others.
-            moves: of it, of one segment a run of chunks.
-            target: an array; only its length and dtype matter.
+    def get(self, key: Hashable, make: Callable[[], Kept]) -> Any:
+        """Return what is kept under `key`; made, if nothing is.
+
+        Whatever was made first goes first: what is used last need not be the same on all ranks.
         """
-        key = (*schedule, target.size, target.dtype)
         found = self._kept.get(key)
-        if found is not None:
-            self._kept.move_to_end(key)
-            return found
-        if len(self._kept) >= MOST_KEPT:
-            self._kept.popitem(last=False)[1].free()
-        made = PreparedSchedule(moves, target.size, target.dtype, self._executor)
-        self._kept[key] = made
-        return made
+        if found is None:
+            if len(self._kept) >= MOST_KEPT:
+                self._free(next(iter(self._kept)))
+            found = self._kept[key] = make()
+        return found
+
+    def _free(self, key: Hashable) -> None:
+        self._kept.pop(key).free()
+        self._changed()
 
     def close(self) -> None:
         """Let go of all."""
-        while self._kept:
-            self._kept.popitem()[1].free()
+        for key in list(self._kept):
+            self._free(key)

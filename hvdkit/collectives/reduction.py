@@ -13,6 +13,7 @@ from hvdkit.collectives.gathered import bind_gathered
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.pick import pick, pick_allreduce
 from hvdkit.collectives.repeat import Bound
+from hvdkit.collectives.short import bind_short
 from hvdkit.dtypes import DTYPE_CODES, DTYPES, ReduceOp, as_op, check_supported
 from hvdkit.errors import ArgumentError, HvdkitError
 from hvdkit.transport.device import Memory
@@ -125,6 +126,8 @@ def _resolve(
         bound = group.arena.native.bind_allreduce(*native)
     elif way == "gathered":
         bound = bind_gathered(group, native, source.shape)
+    elif kind == "allreduce" and way != "mpi":
+        bound = bind_short(group, native, source.shape, source.nbytes, way)
     return Reduction(
         call=call,
         op=op,

@@ -20,6 +20,8 @@ __all__ = [
     "load",
     "persistent",
     "quick_gathered",
+    "quick_schedule",
+    "recurring",
     "short_way",
     "swap",
     "why_unavailable",
@@ -53,13 +55,29 @@ def short_way(lane: Any, group: Any) -> ShortWay:
     return _native.ShortWay(np.ndarray, np.empty, lane, group)
 
 
-def quick_gathered(otherwise: Any, recipe: tuple[Any, ...]) -> Any:
-    """Return a gathered all-reduce that asks `otherwise` when it must; None without the module."""
+def recurring(otherwise: Any, signature: int) -> Any:
+    """Return an all-reduce that asks `otherwise` when it must; None without the module."""
     if why_unavailable() is not None:
         return None
     from hvdkit.native import _native
 
-    return _native.Gathered(otherwise, recipe)
+    return _native.Recurring(otherwise, signature)
+
+
+def quick_gathered(*parts: Any) -> Any:
+    """Return an all-reduce in frames as one call; needs the module."""
+    from hvdkit.native import _native
+
+    return _native.Gathered(*parts)
+
+
+def quick_schedule(*parts: Any) -> Any:
+    """Return the steps of a short message as one call; None without the module."""
+    if why_unavailable() is not None:
+        return None
+    from hvdkit.native import _native
+
+    return _native.Schedule(*parts)
 
 
 def persistent(*messages: Any) -> Any:

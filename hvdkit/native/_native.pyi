@@ -155,17 +155,15 @@ class ShortWay:
     def clear(self) -> None: ...
 
 @final
-class Gathered:
-    """A small all-reduce by messages, as long as it is like the last; see `collectives.gathered`.
+class Recurring:
+    """An all-reduce by messages, as long as it comes as it did before; see `collectives.frames`.
 
     Args:
-        otherwise: ``(source, target)`` does it whenever it is not; it calls `prepare`.
-        recipe: dtype, op, prescale, divisor, postscale, signature.
+        otherwise: ``(source, target)`` does it whenever it does not; it calls `prepare`.
+        signature: of the call, signed.
     """
 
-    def __init__(
-        self, otherwise: Callable[[Any, Any], int], recipe: tuple[Any, ...], /
-    ) -> None: ...
+    def __init__(self, otherwise: Callable[[Any, Any], int], signature: int, /) -> None: ...
     @property
     def calls(self) -> int: ...
     @property
@@ -173,19 +171,75 @@ class Gathered:
     def __call__(self, source: Any, target: Any, /) -> int: ...
     def prepare(
         self,
-        last: int,
-        mark: int,
-        rank: int,
-        size: int,
         state: _Buffer,
-        rows: _Buffer,
-        frame: Any,
+        last: int,
+        counts: int,
+        expected: bool,
+        run: Callable[[Any, Any], bool],
+        differs: Callable[[Any, Any], int],
         /,
     ) -> None:
-        """Take the next calls after `last`; ``frame.run()`` exchanges `rows`.
+        """Take the next calls after `last`: ``run(source, target)``.
 
-        Up to four such are known at a time, of one state.  Each call sets ``state[mark]`` to 0.
+        Up to four such are known at a time, of one state.  Each call resets the counts at
+        ``state[counts]``, or is one more where this was `expected`; 0: there are none.
+
+        Args:
+            state: of the frames.
+            run: says whether all ranks have made this call.
+            differs: where they have not; returns the status.
         """
+
+@final
+class Gathered:
+    """A small all-reduce in frames; see `collectives.gathered`.
+
+    Args:
+        recipe: dtype, op, prescale, divisor, postscale, signature.
+        rows: everybody's frame, one behind the other.
+        rank, size: of this rank, of all.
+        exchange: exchanges the frames.
+    """
+
+    def __init__(
+        self,
+        recipe: tuple[Any, ...],
+        rows: _Buffer,
+        rank: int,
+        size: int,
+        exchange: Callable[[], object],
+        /,
+    ) -> None: ...
+    def __call__(self, source: _Buffer, target: _Buffer, /) -> bool:
+        """Return whether all signatures are alike; otherwise `target` is as it was."""
+
+@final
+class Schedule:
+    """The steps of a schedule on messages of one length; see `collectives.prepared`.
+
+    Args:
+        memory: of the chunks, each with a mark of 8 bytes behind it, up to `stride`; and, as far
+            behind, what came to be combined with them.
+        dtype: of the elements.
+        stride: bytes, of which there are twice as many.
+        chunks: of each, where it is in the memory, a multiple of 8, and how many bytes it has.
+        steps: of each, what exchanges its messages, whether what comes is the first operand, and
+            which chunks are combined with it.
+    """
+
+    def __init__(
+        self,
+        memory: _Buffer,
+        dtype: int,
+        stride: int,
+        chunks: tuple[tuple[int, int], ...],
+        steps: tuple[tuple[Callable[[], object], bool, tuple[int, ...]], ...],
+        /,
+    ) -> None: ...
+    def __call__(
+        self, recipe: tuple[Any, ...], mark: int, source: _Buffer, target: _Buffer, /
+    ) -> bool:
+        """Reduce `source` into `target`, if all ranks' marks are this one; return whether so."""
 
 @final
 class Persistent:

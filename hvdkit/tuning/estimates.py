@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from hvdkit.config import SEGMENT_BYTES
+from hvdkit.config import KIB, SEGMENT_BYTES
 from hvdkit.schedules.cost import log2_ceil
 from hvdkit.schedules.machine import Machine
 from hvdkit.schedules.timing import predict
@@ -28,6 +28,13 @@ MEASURED, MODEL = "measured", "model"
 
 #: Algorithms that check by themselves that the ranks agree.
 _CHECKED = ("shm", "gathered", "mpi")
+
+#: Bytes of a short message, at most: where copying it twice takes as long as Python does for a few
+#: steps of a schedule.
+LONGEST = 128 * KIB
+
+#: So many segments of a message are one still.
+SEGMENTS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +149,9 @@ class Estimates:
             machine=machine,
             segment_bytes=self.segment_bytes(nbytes),
         )
-        return seconds + (0.0 if name in _CHECKED else self._check_seconds())
+        # Ranks on several nodes that expect a short all-reduce begin it without asking.
+        expected = kind == "allreduce" and self.per_node < self.size and self.is_short(nbytes)
+        return seconds + (0.0 if name in _CHECKED or expected else self._check_seconds())
 
     def _check_seconds(self) -> float:
         """Return how long it takes the ranks to find that they agree."""
@@ -150,6 +159,10 @@ class Estimates:
             return self.levels.check[self.per_node < self.size] * log2_ceil(self.size)
         nodes = -(-self.size // self.per_node)
         return self.levels.check[1] * log2_ceil(nodes) + 2 * self.levels.shared.within.alpha
+
+    def is_short(self, nbytes: int) -> bool:
+        """Return whether a message of so many bytes is not worth cutting in segments."""
+        return nbytes <= min(LONGEST, SEGMENTS * self.segment_bytes(nbytes))
 
     def segment_bytes(self, nbytes: int) -> int:
         """Return the bytes of a segment of a message of so many bytes."""

@@ -26,7 +26,7 @@ def allreduce(group, x, **changes):
 def way(request, monkeypatch):
     """Who makes a call again."""
     if request.param == "python":
-        monkeypatch.setattr(gathered, "quick_gathered", lambda *_: None)
+        monkeypatch.setattr(gathered, "recurring", lambda *_: None)
     elif why_unavailable() is not None:
         pytest.skip(str(why_unavailable()))
 
@@ -117,7 +117,7 @@ def test_the_same_bits_as_in_python(dtype, monkeypatch):
 
     kernels = native.load()
     in_c = in_group(3, results, kernels=kernels)
-    monkeypatch.setattr(gathered, "quick_gathered", lambda *_: None)
+    monkeypatch.setattr(gathered, "recurring", lambda *_: None)
     assert in_group(3, results, kernels=kernels) == in_c
     assert in_c[0] == in_c[1] == in_c[2]
 
@@ -142,17 +142,24 @@ def test_what_is_wrong_with_the_arguments_is_an_error():
     from hvdkit.native import _native
 
     recipe = (11, 1, 1.0, 1, 1.0, 5)
+    rows = np.zeros((2, 4), np.int64)
     with pytest.raises(TypeError):
         _native.Gathered(None)
     with pytest.raises(TypeError, match="takes 6 arguments"):
-        _native.Gathered(None, recipe[:5])
-    made = _native.Gathered(lambda *_: 0, recipe)
+        _native.Gathered(recipe[:5], rows, 0, 2, print)
+    with pytest.raises(ValueError, match="no frames"):
+        _native.Gathered(recipe, rows, 2, 2, print)
+    with pytest.raises(TypeError):
+        _native.Recurring(None)
+    made = _native.Recurring(lambda *_: 0, 5)
     with pytest.raises(TypeError, match="takes 2 arguments"):
         made(1)
     assert made(1, 2) == 0, "nothing is prepared"
-    state, rows = np.zeros(3, np.int64), np.zeros((2, 4), np.int64)
-    with pytest.raises(AttributeError):
-        made.prepare(0, 0, 0, 2, state, rows, object())
+    state = np.zeros(5, np.int64)
+    with pytest.raises(ValueError, match="no state"):
+        made.prepare(state[:2], 0, 0, False, print, print)
+    with pytest.raises(ValueError, match="no such counts"):
+        made.prepare(state, 0, 4, False, print, print)
     assert made(1, 2) == 0, "what failed has prepared nothing"
 
 

@@ -105,9 +105,9 @@ def test_auto_on_one_node_without_shared_memory(nbytes, size, wanted):
     ("nbytes", "size", "per_node", "wanted"),
     [
         (4, 4, 2, "gathered"),
-        (8 * KIB, 4, 2, "gathered"),
-        (8 * KIB + 1, 4, 2, "hierarchical"),
-        (2 * KIB + 1, 8, 4, "hierarchical"),
+        (4 * KIB, 4, 2, "gathered"),
+        (4 * KIB + 1, 4, 2, "hierarchical"),
+        (KIB + 1, 8, 4, "hierarchical"),
         (64 * MIB, 3, 2, "hierarchical"),
         (32 * KIB, 2, 1, "gathered"),
         (32 * KIB + 1, 2, 1, "halving_doubling"),
@@ -152,6 +152,7 @@ def test_across_nodes_few_steps_for_few_bytes_and_few_bytes_for_many(size):
 
 
 def test_across_nodes_a_ring_spares_what_folding_would_send_twice():
-    assert pick_across(17 * KIB, 3) == "recursive_doubling"
+    assert pick_across(9 * KIB, 3) == "recursive_doubling"
+    assert pick_across(17 * KIB, 3) == "ring"
     assert pick_across(64 * KIB, 3) == "ring"
     assert pick_across(33 * KIB, 2) == "halving_doubling"

@@ -10,6 +10,7 @@ from hvdkit.dtypes import ReduceOp, bfloat16
 from hvdkit.errors import HorovodInternalError
 from hvdkit.native import NumpyKernels, why_unavailable
 from hvdkit.schedules.registry import ALGORITHMS
+from hvdkit.tuning import estimates
 
 from .nodes import on_nodes
 from .tcp_worlds import on_tcp_ranks
@@ -87,7 +88,7 @@ def test_the_bits_are_those_of_the_executor(monkeypatch):
 def test_long_messages_and_those_in_many_segments_are_the_executors():
     def body(group):
         with pytest.raises(AssertionError, match="executor"):
-            group.run_schedule("allreduce", "ring", np.ones(prepared.LONGEST + 1, np.uint8))
+            group.run_schedule("allreduce", "ring", np.ones(estimates.LONGEST + 1, np.uint8))
         group.segment_bytes = group.estimates.usual_segment = 100
         group.run_schedule("allreduce", "ring", np.ones(400, np.uint8))
         with pytest.raises(AssertionError, match="executor"):

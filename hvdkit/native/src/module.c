@@ -194,7 +194,9 @@ PyMODINIT_FUNC PyInit__native(void)
 {
     hv_variant_select(hv_variant_at(hv_variant_count() - 1));
     PyObject *module = PyModule_Create(&definition);
-    if (module && (hv_add_short_way(module) || hv_add_gathered(module) || hv_add_persistent(module)))
+    if (module && (hv_add_short_way(module) || hv_add_gathered(module) ||
+                   hv_add_persistent(module) || hv_add_recurring(module) ||
+                   hv_add_schedule(module)))
         Py_CLEAR(module);
 #if defined(__linux__)
     if (module && hv_add_arena(module))

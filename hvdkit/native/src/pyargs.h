@@ -28,6 +28,8 @@ int hv_arg_recipe(PyObject *const *args, hv_recipe *recipe);
 int hv_add_short_way(PyObject *module);
 int hv_add_gathered(PyObject *module);
 int hv_add_persistent(PyObject *module);
+int hv_add_recurring(PyObject *module);
+int hv_add_schedule(PyObject *module);
 
 #if defined(__linux__)
 /* Add the type Arena, the exception ArenaError and the function arena_bytes to the module. */

@@ -35,6 +35,7 @@ TESTS = (
     "core/test_tcp_swap.py",
     "core/test_nodewise.py",
     "core/test_prepared.py",
+    "core/test_short.py",
 )
 LONG_TESTS = ("native/test_arena_stress.py",)
 
