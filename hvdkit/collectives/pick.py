@@ -23,10 +23,11 @@ _ALLREDUCES = ("gathered", "hierarchical")
 GATHERED_AT_ALL = 4 * MIB
 
 #: Up to how many bytes an all-reduce is gathered: of all ranks together where they are on one
-#: node, and into one node from the others where they are not.  Two ranks on a node exchange as
-#: many bytes with any other algorithm.
+#: node, and into one node from the others where they are not, which is few where a node's ranks
+#: could reduce theirs first.  Two ranks exchange as many bytes with any other algorithm.
 GATHERED_WITHIN = 64 * KIB
 GATHERED_ACROSS = 16 * KIB
+GATHERED_NESTED = KIB
 GATHERED_BY_TWO = 64 * KIB
 
 #: What is taken for the links between nodes: seconds a step, and seconds a byte (1 Gbit/s).
@@ -126,7 +127,8 @@ def _gathers(nbytes: int, size: int, per_node: int) -> bool:
         return nbytes <= (LARGEST_WHOLE if per_node == 1 else GATHERED_BY_TWO)
     if not per_node:
         return size * nbytes <= GATHERED_WITHIN
-    return per_node * (size - per_node) * nbytes <= GATHERED_ACROSS
+    limit = GATHERED_ACROSS if per_node == 1 else GATHERED_NESTED
+    return per_node * (size - per_node) * nbytes <= limit
 
 
 def pick(

@@ -105,9 +105,9 @@ def test_auto_on_one_node_without_shared_memory(nbytes, size, wanted):
     ("nbytes", "size", "per_node", "wanted"),
     [
         (4, 4, 2, "gathered"),
-        (4 * KIB, 4, 2, "gathered"),
-        (4 * KIB + 1, 4, 2, "hierarchical"),
-        (KIB + 1, 8, 4, "hierarchical"),
+        (256, 4, 2, "gathered"),
+        (257, 4, 2, "hierarchical"),
+        (65, 8, 4, "hierarchical"),
         (64 * MIB, 3, 2, "hierarchical"),
         (32 * KIB, 2, 1, "gathered"),
         (32 * KIB + 1, 2, 1, "halving_doubling"),
