@@ -26,7 +26,7 @@ GATHERED_AT_ALL = 4 * MIB
 #: node, and into one node from the others where they are not, which is few where a node's ranks
 #: could reduce theirs first.  Two ranks exchange as many bytes with any other algorithm.
 GATHERED_WITHIN = 64 * KIB
-GATHERED_ACROSS = 16 * KIB
+GATHERED_ACROSS = 8 * KIB
 GATHERED_NESTED = KIB
 GATHERED_BY_TWO = 64 * KIB
 
