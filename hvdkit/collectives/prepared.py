@@ -32,6 +32,7 @@ from hvdkit.collectives.executor import Executor, StepRecorder
 from hvdkit.collectives.frames import signed
 from hvdkit.collectives.program import Move, even_bounds, lay_out
 from hvdkit.dtypes import DTYPE_CODES, ReduceOp, exported
+from hvdkit.errors import HorovodInternalError
 from hvdkit.native import quick_schedule
 from hvdkit.schedules.registry import Algorithm
 from hvdkit.schedules.steps import chunk_indices
@@ -95,6 +96,7 @@ class PreparedSchedule:
     ) -> None:
         self._executor = executor
         self._dtype = dtype
+        self._half = False
         transport = executor.transport
         chunks = algorithm.chunks(transport.size, 1)
         ends = even_bounds(count, chunks)
@@ -184,19 +186,33 @@ class PreparedSchedule:
 
     def bind(self, recipe: Recipe, tracer: Tracer) -> Callable[[Any, Any], bool]:
         """Return `run` with all else bound; its arrays are `exported`, of any shape."""
-        quick, mark = self._quick, signed(recipe[-1]) or 1
+        mark = signed(recipe[-1]) or 1
 
         def run(source: NDArray[Any], target: NDArray[Any]) -> bool:
+            self._check_whole()
             recorder = tracer()
-            if recorder is None and quick is not None:
-                return quick(recipe, mark, source, target)  # type: ignore[no-any-return]
-            elements = source.reshape(-1).view(self._dtype)
-            return self.run(recipe, elements, target.reshape(-1).view(self._dtype), recorder)
+            try:
+                if recorder is None and self._quick is not None:
+                    return self._quick(recipe, mark, source, target)  # type: ignore[no-any-return]
+                elements = source.reshape(-1).view(self._dtype)
+                return self.run(recipe, elements, target.reshape(-1).view(self._dtype), recorder)
+            except BaseException:
+                self._half = True
+                raise
 
         return run
 
+    def _check_whole(self) -> None:
+        """Raise an error if this rank has left a call half-way: other ranks wait in its steps."""
+        if self._half:
+            raise HorovodInternalError(
+                "a call like this one was interrupted, and the ranks are no longer in step; "
+                "restart the job"
+            )
+
     def refuse(self) -> None:
         """Take part although this rank's call is another, so that all ranks see it.  Collective."""
+        self._check_whole()
         for chunk in self._work:
             chunk.mark[0] = DIFFERENT
         for _, exchange, _ in self._steps:
@@ -217,9 +233,12 @@ class PreparedSchedule:
                 recorder.step(f"step {number}: {move}", began, self._sent[number])
 
     def free(self) -> None:
-        """Let go of what the transport keeps for it.  Local."""
+        """Let go of the memory, and of what the transport keeps for it.  Local."""
         for _, exchange, _ in self._steps:
             exchange.free()
+        self._quick = None
+        self._steps, self._work, self._landing = [], [], []
+        self._memory = self._memory[:0].copy()
 
 
 class Kept(Protocol):
@@ -232,7 +251,7 @@ class PreparedWays:
     """What was prepared in one group, of which all ranks make the same in the same order.
 
     Args:
-        changed: called when something is no longer there.
+        changed: called when something is no longer there, or has come.
     """
 
     def __init__(self, changed: Callable[[], None]) -> None:
@@ -253,6 +272,7 @@ class PreparedWays:
             if len(self._kept) >= MOST_KEPT:
                 self._free(next(iter(self._kept)))
             found = self._kept[key] = make()
+            self._changed()
         return found
 
     def _free(self, key: Hashable) -> None:

@@ -55,6 +55,7 @@ WAITING_IN = frozenset(
     for name in (
         "collectives.executor",
         "collectives.group",
+        "collectives.short_hierarchical",
         "engine.communicator",
         "engine.handles",
         "transport.base",

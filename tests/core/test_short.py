@@ -1,16 +1,19 @@
 """The all-reduce of short arrays by a schedule, which ranks that expect it begin without asking."""
 
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 
 from hvdkit import collectives
-from hvdkit.collectives import prepared, short
+from hvdkit.collectives import gathered, prepared, short
 from hvdkit.collectives.frames import CHANGES, Frames
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.joining import serve_joined
 from hvdkit.dtypes import DTYPES, ReduceOp
+from hvdkit.engine.stall import waits_for_others
 from hvdkit.errors import HorovodInternalError, MismatchError
 from hvdkit.native import NumpyKernels, why_unavailable
 from hvdkit.schedules.registry import ALGORITHMS
@@ -279,6 +282,187 @@ def test_what_is_no_longer_kept_is_no_longer_expected(monkeypatch):
                     assert (allreduce(group, np.ones(count)) == 2).all()
 
     in_group(2, body, segment_bytes=LONG)
+
+
+def test_what_is_let_go_of_has_no_memory():
+    def body(group):
+        collectives.allreduce(group, np.ones(9999), np.ones(9999), **HOW)
+        (kept,) = group.prepared._kept.values()
+        group.adopt(group.estimates)
+        return kept._memory.nbytes, group.prepared._kept
+
+    assert in_group(2, body, segment_bytes=LONG) == [(0, {})] * 2
+
+
+@needs_native
+def test_after_a_tuning_was_adopted_what_was_expected_is_still_refused():
+    """What is not there is not expected, until it is made again: a call meanwhile knew nothing."""
+
+    def body(group):
+        def expected():
+            barrier(group)
+            assert (allreduce(group, np.ones(300)) == 2).all()
+
+        def gathered():
+            assert (allreduce(group, np.ones(8), algorithm="gathered") == 2).all()
+
+        for _ in range(4):
+            expected()
+        barrier(group)
+        gathered()
+        for _ in range(7):
+            expected()
+        group.adopt(group.estimates)
+        barrier(group)
+        gathered()
+        expected()
+        barrier(group)
+        with pytest.raises(MismatchError):
+            gathered() if group.rank == 0 else allreduce(group, np.ones(300))
+        expected()
+
+    in_group(2, body, segment_bytes=LONG)
+
+
+@pytest.mark.usefixtures("way")
+def test_a_call_that_was_interrupted_is_not_begun_again():
+    """Its first message would be taken for that of the step in which the others wait."""
+
+    def body(group):
+        for _ in range(5):
+            allreduce(group, np.ones(300))
+        if group.rank == 1:
+            return
+        group.executor.backoff.stop = KeyboardInterrupt()
+        with pytest.raises(KeyboardInterrupt):
+            allreduce(group, np.ones(300))
+        group.executor.backoff.stop = None
+        with pytest.raises(HorovodInternalError, match="was interrupted"):
+            allreduce(group, np.ones(300))
+        with pytest.raises(HorovodInternalError, match="was interrupted"):
+            barrier(group)
+
+    in_group(2, body, segment_bytes=LONG)
+
+
+@needs_native
+@pytest.mark.parametrize("before", [0, 5])
+def test_a_rank_that_waits_on_its_node_is_known_to_wait(before):
+    threads = []
+
+    def body(group):
+        for _ in range(before):
+            allreduce(group, np.ones(300), algorithm="hierarchical")
+        if group.rank == 0:
+            threads.append(threading.get_ident())
+        if group.rank == 1:
+            deadline = time.monotonic() + 20
+            while (
+                not (threads and waits_for_others(sys._current_frames()[threads[0]]))
+                and time.monotonic() < deadline
+            ):
+                time.sleep(0.01)
+            assert time.monotonic() < deadline
+        allreduce(group, np.ones(300), algorithm="hierarchical")
+
+    on_nodes((2, 2), body, segment_bytes=LONG)
+
+
+class Chaos:
+    """What all ranks do alike, and what only some do, in an order that depends on a seed.
+
+    Args:
+        group: of the rank.
+        seed: the same on all ranks.
+    """
+
+    ALGORITHMS = ("ring", "tree", "gathered", "halving_doubling", "recursive_doubling")
+
+    def __init__(self, group, seed):
+        self.group = group
+        self.together = np.random.default_rng(seed)
+        self.alone = np.random.default_rng([seed, group.rank])
+        names = self.ALGORITHMS + ("hierarchical",) * 4 * (group.hierarchy is not None)
+        self.calls = [
+            (str(self.together.choice(names)), int(self.together.choice([1, 8, 9, 300, 301, 5000])))
+            for _ in range(6)
+        ]
+
+    def make(self, call):
+        if call is None:
+            barrier(self.group)
+            return
+        algorithm, count = call
+        x = np.arange(count) + float(self.group.rank)
+        out = x if self.alone.random() < 0.3 else np.full(count, -1.0)
+        before = out.copy()
+        try:
+            collectives.allreduce(self.group, x, out, **(HOW | {"algorithm": algorithm}))
+        except MismatchError:
+            assert (out == before).all()
+            raise
+        size = self.group.size
+        assert (out == size * np.arange(count) + sum(range(size))).all()
+
+    def play(self, turns):
+        for _ in range(turns):
+            loop = [self.any() for _ in range(self.together.integers(1, 4))]
+            for _ in range(self.together.integers(1, 6)):
+                for call in loop:
+                    self.make(call)
+                    self.disturb()
+            if self.together.random() < 0.2:
+                self.differ()
+        frames = self.group.frames
+        lengths = {last: following.length for last, following in frames._following.items()}
+        return frames.state.item(0), lengths, self.group.operations
+
+    def any(self):
+        place = self.together.integers(len(self.calls) + 1)
+        return None if place == len(self.calls) else self.calls[place]
+
+    def disturb(self):
+        """Do what one rank may do and another not."""
+        if self.alone.random() < 0.03:
+            self.group._plans.clear()
+        if self.alone.random() < 0.03:
+            self.group.recorder = Steps() if self.group.recorder is None else None
+        if self.together.random() < 0.01:
+            self.group.adopt(self.group.estimates)
+
+    def differ(self):
+        one, other = self.any(), self.any()
+        others = self.together.random(self.group.size) < 0.5
+        differs = one != other and 0 < others.sum() < self.group.size
+        try:
+            self.make(other if others[self.group.rank] else one)
+        except MismatchError:
+            assert differs
+        else:
+            assert not differs
+
+
+@pytest.mark.parametrize("where", [2, 3, (2, 2), (2, 1, 2)], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+@needs_native
+def test_anything_in_any_order(where, seed, monkeypatch):
+    """Ranks natively or not, that lose what they kept, trace, adopt, and disagree."""
+    monkeypatch.setattr(prepared, "MOST_KEPT", 3 if seed else 64)
+    plain = short.recurring
+
+    def on_some(general, signature):
+        native = np.random.default_rng([seed, general._group.rank]).random() < 0.6
+        return plain(general, signature) if native else None
+
+    monkeypatch.setattr(short, "recurring", on_some)
+    monkeypatch.setattr(gathered, "recurring", on_some)
+
+    def body(group):
+        return Chaos(group, seed).play(40)
+
+    run = in_group if isinstance(where, int) else on_nodes
+    results = run(where, body, segment_bytes=LONG)
+    assert all(result == results[0] for result in results)
 
 
 @pytest.mark.usefixtures("way")
