@@ -7,12 +7,12 @@ every rank.  So all send frames of one length, whatever the call::
 
 A signature that differs is seen by all ranks.  What is too long for the frame follows in an
 all-gather of its own, once the ranks know that they agree.  And a frame is as long as the call
-needs that came after the last one when that was made before: a training step makes the same calls
+needs that came after the last two when those were made before: a training step makes the same calls
 in the same order each time.  All ranks have agreed on all calls so far, so they expect the same.
 Where calls of several lengths come in turn, the frame is as long as where nothing is expected; one
 other call among many of a kind, as at the end of a loop, changes nothing.
 
-A call that came after the last one again and again may need no frames at all: see
+A call that came after the last two again and again may need no frames at all: see
 `hvdkit.collectives.short`.
 """
 
@@ -48,14 +48,19 @@ MOST_KEPT = 32
 MOST_EXPECTED = 4096
 
 
-#: What `Frames.state` holds: the signature of the last call, as a signed integer; a number that
-#: changes with what is expected; how many calls were told of; and, from then on, a few counts for
-#: each call after which something is expected.  The native module knows these.
-LAST, CHANGES, TOLD, COUNTS = range(4)
+#: What `Frames.state` holds: a number for the last two calls, after which others are expected, and
+#: the signature of the last, as signed integers; a number that changes with what is expected; how
+#: many calls were told of; and, from then on, a few counts for each two calls after which something
+#: is expected.  The native module knows these.
+LAST, LAST_CALL, CHANGES, TOLD, COUNTS = range(5)
 
 #: The counts after a call: whether the frame was longer than it had to be the last time, and how
 #: sure it is which way comes.  A call that comes natively resets both.
 IN_VAIN, SURE = range(2)
+
+#: The call before the last one counts so many times in the number for both.  Any odd number that is
+#: large would do.
+_BEFORE = 0x9E3779B97F4A7C15
 
 #: From when on a way is expected; where its count ends, and what it loses where another call came.
 EXPECTED = 2
@@ -98,7 +103,7 @@ class Frame:
 
 @dataclass(slots=True)
 class _Next:
-    """What comes after a call, as far as it did before.
+    """What comes after two calls, as far as it did before.
 
     Args:
         length: of the frame.
@@ -196,7 +201,7 @@ class Frames:
             self.differ()
             return False
         self._expect(self.state.item(LAST), count, way)
-        self.state[LAST] = mine
+        self._ended(mine)
         return True
 
     # Without frames
@@ -217,7 +222,7 @@ class Frames:
         """Note that all ranks have made the call that was expected."""
         following = self._following[self.state.item(LAST)]
         self._count(following, following.way)
-        self.state[LAST] = signed(signature)
+        self._ended(signed(signature))
 
     def _refuse(self) -> None:
         """Take part in what the other ranks may have begun with."""
@@ -239,8 +244,14 @@ class Frames:
     def differ(self) -> None:
         """Expect nothing any more: a rank in another call has not seen what the others told."""
         self._forget()
-        self.state[LAST] = 0
+        self.state[LAST] = self.state[LAST_CALL] = 0
         self.state[CHANGES] += 1
+
+    def _ended(self, mine: int) -> None:
+        """Note that all ranks have made a call of this signature."""
+        before = self.state.item(LAST_CALL)
+        self.state[LAST] = signed((mine + _BEFORE * before) % (1 << 64))
+        self.state[LAST_CALL] = mine
 
     def _length_after(self, last: int) -> int:
         following = self._following.get(last)

@@ -2,8 +2,8 @@
 
 Ranks have to agree on a call before they make it, which takes them an exchange, as long as all
 steps of a short message together.  But a program makes the same calls in the same order again and
-again; so, where the same call has come after another before, all ranks begin with it at once, and
-what they exchange says whether all of them have made it::
+again; so, where the same call has come after two others before, all ranks begin with it at once,
+and what they exchange says whether all of them have made it::
 
     as expected         reduce                                  all marks are alike: done
     not as expected     reduce, with another mark  >  agree  >  reduce, or an error

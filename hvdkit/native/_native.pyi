@@ -181,7 +181,7 @@ class Recurring:
     ) -> None:
         """Take the next calls after `last`: ``run(source, target)``.
 
-        Up to four such are known at a time, of one state.  Each call resets the counts at
+        Up to eight such are known at a time, of one state.  Each call resets the counts at
         ``state[counts]``, or is one more where this was `expected`; 0: there are none.
 
         Args:

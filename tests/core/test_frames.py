@@ -67,7 +67,7 @@ def test_many_ranks_have_short_frames():
 
 
 def test_a_frame_is_as_long_as_the_call_that_is_expected():
-    """Steps of three calls, of which one has much to tell: from the second on it tells at once."""
+    """Steps of three calls, of which one has much to tell: from the third on it tells at once."""
 
     def body(transport):
         made, lengths = counted(transport)
@@ -77,7 +77,8 @@ def test_a_frame_is_as_long_as_the_call_that_is_expected():
         return lengths
 
     usual, short = 129, 9
-    first, second, third = [usual, usual, 1000, usual], [usual, 1001, short], [short, 1001, short]
+    first, second = [usual, usual, 1000, usual], [usual, usual, 1000, short]
+    third = [short, 1001, short]
     assert on_ranks(2, body) == [[*first, *second, *third]] * 2
 
 
@@ -92,7 +93,7 @@ def test_a_frame_fits_all_short_calls_that_come_after_one():
         return lengths
 
     usual, short = 129, 9
-    first, second, third = [usual, usual], [usual, short], [short, short, 100]
+    first, second, third = [usual, usual], [usual, usual], [short, short, 100]
     rest = [short, usual] * 2
     assert on_ranks(2, body) == [[*first, *second, *third, *rest]] * 2
 
@@ -100,12 +101,12 @@ def test_a_frame_fits_all_short_calls_that_come_after_one():
 def test_what_is_expected_in_vain_is_forgotten():
     def body(transport):
         made, lengths = counted(transport)
-        for length in (1000, 1000, 0, 0, 1000):
+        for length in (1000, 1000, 1000, 0, 0, 1000):
             made.gather(5, np.ones(length, np.int64))
         return lengths
 
-    # After a call comes a long one, then two short ones, then a long one again.
-    assert on_ranks(2, body) == [[129, 1000, 129, 1000, 1001, 1001, 129, 1000]] * 2
+    # After two calls comes a long one, then two short ones, then a long one again.
+    assert on_ranks(2, body) == [[129, 1000] * 3 + [1001, 1001, 129, 1000]] * 2
 
 
 def test_another_call_at_the_end_of_a_loop_changes_nothing():
@@ -126,16 +127,27 @@ def test_another_call_at_the_end_of_a_loop_changes_nothing():
     assert changes[2] == changes[3]
 
 
+def test_what_comes_after_a_call_may_depend_on_the_one_before():
+    def body(transport):
+        made, lengths = counted(transport)
+        for _ in range(3):
+            for signature, length in ((1, 0), (2, 0), (3, 1000), (2, 0), (1, 0)):
+                made.gather(signature, np.ones(length, np.int64))
+        return lengths[-5:]
+
+    assert on_ranks(2, body) == [[9, 9, 1001, 9, 9]] * 2
+
+
 def test_after_a_difference_nothing_is_expected():
     """A rank that was in another call has not seen what the others had to tell."""
 
     def body(transport):
         made, lengths = counted(transport)
-        for signature in (1, 1, 1 + transport.rank, 1):
+        for signature in (1, 1, 1, 1 + transport.rank, 1):
             made.gather(signature, np.ones(1000, np.int64))
         return lengths
 
-    assert on_ranks(2, body) == [[129, 1000, 129, 1000, 1001, 129, 1000]] * 2
+    assert on_ranks(2, body) == [[129, 1000] * 3 + [1001, 129, 1000]] * 2
 
 
 def test_frames_and_what_is_expected_have_bounds(monkeypatch):

@@ -13,15 +13,16 @@
 #include <structmember.h>
 
 /* What hvdkit.collectives.frames keeps in its `state`. */
-enum { LAST, CHANGES, TOLD, STATE }; /* and the counts after each call: */
+enum { LAST, LAST_CALL, CHANGES, TOLD, STATE }; /* and the counts after each two calls: */
 enum { IN_VAIN, SURE, COUNTS };
 enum { MOST_SURE = 8 };
+static const uint64_t BEFORE = 0x9e3779b97f4a7c15u;
 
-/* After so many other calls this one is known at a time: in a loop it comes after itself, and at its
+/* After so many others this call is known at a time: in a loop it comes after itself, and at its
  * beginning after what was before. */
-enum { WAYS = 4 };
+enum { WAYS = 8 };
 
-/* What is done where the call comes after `last`. */
+/* What is done where the call comes after the two that `last` stands for. */
 typedef struct {
     PyObject *run;     /* (source, target) -> whether all ranks have made this call; NULL: no way */
     PyObject *differs; /* (source, target) -> status, where they have not */
@@ -43,7 +44,7 @@ typedef struct {
     unsigned long long calls, nanoseconds; /* of calls that ended well */
 } RecurringObject;
 
-/* What to do after the call that was the last one; NULL: ask Python. */
+/* What to do after the calls that were the last ones; NULL: ask Python. */
 static const way *known(const RecurringObject *self)
 {
     const int64_t *state = self->state.buf;
@@ -62,7 +63,9 @@ static void note(RecurringObject *self, const way *how) /* [3] */
         counts[IN_VAIN] = how->expected ? counts[IN_VAIN] : 0;
         counts[SURE] = how->expected ? counts[SURE] + (counts[SURE] < MOST_SURE) : 0;
     }
-    state[LAST] = self->signature;
+    const uint64_t before = (uint64_t)state[LAST_CALL];
+    state[LAST] = (int64_t)((uint64_t)self->signature + BEFORE * before);
+    state[LAST_CALL] = self->signature;
 }
 
 /* The way is a copy of its own, for Python may forget it meanwhile. */
