@@ -288,8 +288,7 @@ class Mesh:
             if since > 2 * _WATCH_SECONDS:
                 link.heard += since
             if link.is_silent(now, self._peer_timeout):
-                limit = f"{self._peer_timeout:g} s (HVDKIT_PEER_TIMEOUT)"
-                self._lose(link, TimeoutError(f"it has not answered for {limit}"))
+                self._lose(link, TimeoutError())
 
     def _lose(self, link: Link, reason: OSError) -> None:
         """Let go of a link; whoever is at its other end may have said why."""
@@ -302,7 +301,10 @@ class Mesh:
         self._epoll.unregister(link.sock)
         link.sock.close()
         if link.peer not in self._left and not self._failure:
-            self._failure = f"{self._label(link.peer)} is lost: {reason.strerror or reason}"
+            why = str(reason.strerror or reason)
+            if isinstance(reason, TimeoutError):  # of `_watch`, or of the kernel, by its keepalive
+                why = f"it has not answered for {self._peer_timeout:g} s (HVDKIT_PEER_TIMEOUT)"
+            self._failure = f"{self._label(link.peer)} is lost: {why}"
         self._tell()
 
     def _why_not(self, peer: int) -> PeerError | None:
