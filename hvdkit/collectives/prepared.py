@@ -2,7 +2,7 @@
 
 A step of a short message costs more in Python than on its way.  So the message is copied into
 memory of the schedule's own, whose parts are exchanged again and again (see
-`Transport.prepare_exchange`), and a step is a call into the native module, and one that reduces::
+`Transport.prepare_exchange`), and all steps are one call into the native module::
 
     copy in  >  exchange, reduce  >  exchange, reduce  >  ...  >  exchange  >  copy out
 
@@ -64,13 +64,12 @@ class _Chunk:
         dtype: of them.
     """
 
-    __slots__ = ("elements", "mark", "place")
+    __slots__ = ("elements", "mark")
 
     def __init__(
         self, memory: NDArray[np.uint8], place: int, nbytes: int, dtype: np.dtype[Any]
     ) -> None:
         end = place + -(-nbytes // _MARK) * _MARK
-        self.place = place
         self.elements = memory[place : place + nbytes].view(dtype)
         self.mark = memory[end : end + _MARK].view(np.int64)
 
@@ -96,7 +95,8 @@ class PreparedSchedule:
     ) -> None:
         self._executor = executor
         self._dtype = dtype
-        self._half = False
+        self._left_by: BaseException | None = None
+        """What ended a call half-way: the other ranks wait in its steps."""
         transport = executor.transport
         chunks = algorithm.chunks(transport.size, 1)
         ends = even_bounds(count, chunks)
@@ -108,7 +108,7 @@ class PreparedSchedule:
         self._work, self._landing = (
             [
                 _Chunk(self._memory, offset + place, nbytes, dtype)
-                for place, nbytes in zip(places, lengths, strict=False)
+                for place, nbytes in zip(places[:-1], lengths, strict=True)
             ]
             for offset in (0, stride)
         )
@@ -125,7 +125,7 @@ class PreparedSchedule:
             self._memory,
             DTYPE_CODES[dtype],
             stride,
-            tuple(zip(places, lengths, strict=False)),
+            tuple(zip(places[:-1], lengths, strict=True)),
             tuple(
                 (exchange.run, move.source < transport.rank, some)
                 for move, exchange, some in self._steps
@@ -196,19 +196,21 @@ class PreparedSchedule:
                     return self._quick(recipe, mark, source, target)  # type: ignore[no-any-return]
                 elements = source.reshape(-1).view(self._dtype)
                 return self.run(recipe, elements, target.reshape(-1).view(self._dtype), recorder)
-            except BaseException:
-                self._half = True
+            except BaseException as exc:
+                self._left_by = exc
                 raise
 
         return run
 
     def _check_whole(self) -> None:
-        """Raise an error if this rank has left a call half-way: other ranks wait in its steps."""
-        if self._half:
+        """Raise an error if this rank has left a call half-way."""
+        if isinstance(self._left_by, HorovodInternalError):
+            raise self._left_by
+        if self._left_by is not None:
             raise HorovodInternalError(
                 "a call like this one was interrupted, and the ranks are no longer in step; "
                 "restart the job"
-            )
+            ) from self._left_by
 
     def refuse(self) -> None:
         """Take part although this rank's call is another, so that all ranks see it.  Collective."""

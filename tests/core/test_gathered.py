@@ -10,6 +10,7 @@ from hvdkit.dtypes import DTYPES, ReduceOp
 from hvdkit.errors import ArgumentError, MismatchError
 from hvdkit.native import why_unavailable
 
+from .operands import operand, reductions
 from .worlds import in_group
 
 HOW = {"op": ReduceOp.SUM, "name": None, "prescale": 1.0, "postscale": 1.0, "algorithm": "gathered"}
@@ -98,21 +99,13 @@ def test_the_native_module_makes_what_comes_as_it_came(monkeypatch):
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_as_in_python(dtype, monkeypatch):
-    factors = [(1.0, 1.0)] if dtype.kind == "b" else [(1.0, 1.0), (0.3, 1.0), (1.0, 2.7), (3, 0.1)]
-
     def results(group):
         found = []
-        for op in ReduceOp:
-            if op is ReduceOp.ADASUM or (dtype.kind == "b" and op is ReduceOp.AVERAGE):
-                continue
-            if dtype.kind == "c" and op in (ReduceOp.MIN, ReduceOp.MAX):
-                continue
-            for prescale, postscale in factors:
-                rng = np.random.default_rng(group.rank)
-                x = (rng.standard_normal(37) * 50).astype(dtype)
-                for _ in range(3):
-                    out, _ = allreduce(group, x, op=op, prescale=prescale, postscale=postscale)
-                found.append(out.tobytes())
+        for how in reductions(dtype):
+            x = operand(dtype, group.rank)
+            for _ in range(3):
+                out, _ = allreduce(group, x, **how)
+            found.append(out.tobytes())
         return found
 
     kernels = native.load()
@@ -158,8 +151,9 @@ def test_what_is_wrong_with_the_arguments_is_an_error():
     state = np.zeros(5, np.int64)
     with pytest.raises(ValueError, match="no state"):
         made.prepare(state[:2], 0, 0, False, print, print)
-    with pytest.raises(ValueError, match="no such counts"):
-        made.prepare(state, 0, 4, False, print, print)
+    for counts, expected in ((4, False), (0, True)):
+        with pytest.raises(ValueError, match="no such counts"):
+            made.prepare(state, 0, counts, expected, print, print)
     assert made(1, 2) == 0, "what failed has prepared nothing"
 
 

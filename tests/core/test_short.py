@@ -20,6 +20,7 @@ from hvdkit.schedules.registry import ALGORITHMS
 from hvdkit.tuning import estimates
 
 from .nodes import on_nodes
+from .operands import operand, reductions
 from .tcp_worlds import on_tcp_ranks
 from .worlds import every_kernels, in_group
 
@@ -102,22 +103,13 @@ def test_over_nodes(nodes, count, agreements):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @needs_native
 def test_the_same_bits_in_python_and_by_the_executor(dtype, monkeypatch):
-    factors = [(1.0, 1.0)] if dtype.kind == "b" else [(1.0, 1.0), (0.3, 2.7), (3, 0.1)]
-
     def results(group):
         found = []
-        for op in ReduceOp:
-            if op is ReduceOp.ADASUM or (dtype.kind == "b" and op is ReduceOp.AVERAGE):
-                continue
-            if dtype.kind == "c" and op in (ReduceOp.MIN, ReduceOp.MAX):
-                continue
-            for prescale, postscale in factors:
-                rng = np.random.default_rng(group.rank)
-                x = (rng.standard_normal(37) * 50).astype(dtype)
-                for _ in range(4):
-                    how = {"op": op, "prescale": prescale, "postscale": postscale}
-                    out = allreduce(group, x, algorithm="halving_doubling", **how)
-                found.append(out.tobytes())
+        for how in reductions(dtype):
+            x = operand(dtype, group.rank)
+            for _ in range(6):  # the fifth is the first that nobody asks about
+                out = allreduce(group, x, algorithm="halving_doubling", **how)
+            found.append(out.tobytes())
         return found
 
     kernels = every_kernels()[-1]
@@ -341,6 +333,22 @@ def test_a_call_that_was_interrupted_is_not_begun_again():
             allreduce(group, np.ones(300))
         with pytest.raises(HorovodInternalError, match="was interrupted"):
             barrier(group)
+
+    in_group(2, body, segment_bytes=LONG)
+
+
+@pytest.mark.usefixtures("way")
+def test_what_ended_a_call_is_said_again():
+    def body(group):
+        for _ in range(5):
+            allreduce(group, np.ones(300))
+        if group.rank == 1:
+            return
+        group.executor.backoff.stop = HorovodInternalError("rank 1 is lost")
+        for _ in range(2):
+            with pytest.raises(HorovodInternalError, match="rank 1 is lost"):
+                allreduce(group, np.ones(300))
+            group.executor.backoff.stop = None
 
     in_group(2, body, segment_bytes=LONG)
 

@@ -1,5 +1,6 @@
 """How ranks over TCP end: lost, orderly, by abort; each is known to all others."""
 
+import errno
 import os
 import signal
 import socket
@@ -60,6 +61,23 @@ def test_a_lost_peer_is_an_error_of_everything_that_waits_and_of_what_comes_late
     began = time.monotonic()
     on_tcp_ranks(3, body)
     assert time.monotonic() - began < 20
+
+
+def test_who_finds_out_that_a_peer_is_silent_makes_no_difference():
+    """The kernel's keepalive has its limit from HVDKIT_PEER_TIMEOUT."""
+
+    def body(t):
+        t.allgather_object("connected")
+        if t.rank == 0:
+            with t._mesh.lock:
+                t._mesh._lose(t._mesh._links[1], OSError(errno.ETIMEDOUT, "Connection timed out"))
+            with pytest.raises(PeerError, match=r"has not answered .* \(HVDKIT_PEER_TIMEOUT\)"):
+                t.backoff.wait(t.irecv(array(0), 1))
+        else:
+            with pytest.raises(PeerError):
+                t.backoff.wait(t.irecv(array(0), 0))
+
+    on_tcp_ranks(2, body)
 
 
 def test_who_ends_because_a_peer_is_lost_says_which():

@@ -59,10 +59,10 @@ static const way *known(const RecurringObject *self)
 static void note(RecurringObject *self, const way *how) /* [3] */
 {
     int64_t *state = self->state.buf, *counts = state + how->counts;
-    if (how->counts) {
-        counts[IN_VAIN] = how->expected ? counts[IN_VAIN] : 0;
-        counts[SURE] = how->expected ? counts[SURE] + (counts[SURE] < MOST_SURE) : 0;
-    }
+    if (how->expected)
+        counts[SURE] += counts[SURE] < MOST_SURE;
+    else if (how->counts)
+        counts[IN_VAIN] = counts[SURE] = 0;
     const uint64_t before = (uint64_t)state[LAST_CALL];
     state[LAST] = (int64_t)((uint64_t)self->signature + BEFORE * before);
     state[LAST_CALL] = self->signature;
@@ -144,10 +144,10 @@ static PyObject *prepare(RecurringObject *self, PyObject *const *args, Py_ssize_
         return NULL;
     const long long last = PyLong_AsLongLong(args[1]);
     const size_t counts = PyLong_AsSize_t(args[2]);
-    const int expected = PyObject_IsTrue(args[3]);
+    const int expected = PyObject_IsTrue(args[3]); /* then there are counts */
     if (PyErr_Occurred() || begin(self, args[0]))
         return NULL;
-    if (counts && counts + COUNTS > (size_t)self->state.len / sizeof(int64_t)) {
+    if ((expected && !counts) || counts + COUNTS > (size_t)self->state.len / sizeof(int64_t)) {
         PyErr_SetString(PyExc_ValueError, "the state has no such counts");
         return NULL;
     }
