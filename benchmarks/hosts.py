@@ -64,6 +64,7 @@ ALGORITHMS = (
     "hierarchical",
     "recursive_doubling",
     "halving_doubling",
+    "all_pairs",
     "ring",
     "tree",
 )

@@ -19,6 +19,7 @@ from tables import by_measurement, human_size, sizes_of
 
 from hvdkit.schedules.cost import log2_ceil
 from hvdkit.schedules.registry import ALGORITHMS
+from hvdkit.schedules.timing import in_flights
 from hvdkit.simulation.collective import simulate
 from hvdkit.simulation.network import Network
 from hvdkit.tuning import Tuning, load
@@ -119,11 +120,31 @@ def crossings_of(results: Sequence[Result]) -> list[list[str]]:
     return rows
 
 
+def choices_of(results: Sequence[Result]) -> list[list[str]]:
+    """Return a row for each size: what was fastest, what should have been, and what that costs.
+
+    Between the algorithms that the model knows.  The last cell is the measured time of its choice,
+    over the least measured one.
+    """
+    curves = {s.name: dict(zip(s.x, s.y, strict=True)) for s in noted(results)}
+    rows = []
+    for nbytes in sizes_of(results):
+        at = {r.name: r.seconds for r in results if r.nbytes == nbytes and r.name in curves}
+        if len(at) > 1:
+            best = min(at, key=at.__getitem__)
+            chosen = min(at, key=lambda name: curves[name][nbytes])
+            rows.append([human_size(nbytes), best, chosen, f"{at[chosen] / at[best]:.2f}"])
+    return rows
+
+
 def simulated_seconds(estimates: Estimates, what: str, name: str, nbytes: int) -> float:
     """Return the seconds of a schedule as it is played on the ranks, and of the check before it."""
+    machine = estimates.levels.messages
+    if name == "all_pairs" and estimates.is_short(nbytes):
+        machine = in_flights(machine, estimates.size)
     network = Network(
         size=estimates.size,
-        machine=estimates.levels.messages,
+        machine=machine,
         segment_bytes=estimates.segment_bytes(nbytes),
     )
     check = estimates.levels.check[0] * log2_ceil(estimates.size)

@@ -107,6 +107,10 @@ def part_of(results: Sequence[Result], predicted: Sequence[Series] = ()) -> Part
     tables = [all_figures(results, folded=len(sizes_of(results)) > 1)]
     if len(sizes_of(results)) > 1:
         tables.insert(0, fastest(results))
+    choices = predictions.choices_of(results)
+    if choices:
+        head = ["size", "fastest, measured", "fastest, predicted", "its time over the least"]
+        tables.insert(-1, Table(head, choices))
     crossings = predictions.crossings_of(results)
     if crossings:
         head = ["faster short", "faster long", "from, measured", "from, predicted", "over measured"]

@@ -34,7 +34,7 @@ def allreduce(
         algorithm: ``"auto"``, ``"shm"`` (the node's shared memory), ``"hierarchical"`` (that of
             several nodes, and messages between them), ``"gathered"`` (small arrays over messages,
             in one go), ``"mpi"`` (the MPI library's own) or a schedule: ``"ring"``, ``"tree"``,
-            ``"double_tree"``, ``"recursive_doubling"``, ``"halving_doubling"``.
+            ``"double_tree"``, ``"recursive_doubling"``, ``"halving_doubling"``, ``"all_pairs"``.
         process_set: whose ranks take part; None: all ranks.
 
     Returns:

@@ -10,7 +10,10 @@ from functools import lru_cache
 
 from hvdkit.config import KIB, MIB
 from hvdkit.errors import ArgumentError
+from hvdkit.schedules.all_pairs import all_pairs_flights
+from hvdkit.schedules.flights import LONGEST, MOST_AT_ONCE
 from hvdkit.schedules.registry import ALGORITHMS
+from hvdkit.schedules.timing import AT_ONCE
 from hvdkit.tuning.estimates import Estimates
 
 #: The ranks' shared memory, and the MPI library's own collective.
@@ -30,8 +33,10 @@ GATHERED_ACROSS = 8 * KIB
 GATHERED_NESTED = KIB
 GATHERED_BY_TWO = 64 * KIB
 
-#: What is taken for the links between nodes: seconds a step, and seconds a byte (1 Gbit/s).
+#: What is taken for the links between nodes: seconds a step, seconds a message more that is in
+#: flight with others, and seconds a byte (1 Gbit/s).
 STEP_ACROSS = 50e-6
+MESSAGE_ACROSS = AT_ONCE * STEP_ACROSS
 BYTE_ACROSS = 8e-9
 
 #: Up to how many bytes every rank may reduce everything across nodes; beyond that, work is shared
@@ -88,11 +93,15 @@ def ways(
 
 def pick_across(nbytes: int, size: int, estimates: Estimates | None = None) -> str:
     """Return the all-reduce algorithm among `size` ranks, each on a node of its own."""
-    usual = usual_across(nbytes, size)
+    usual = usual_across(nbytes, size, short=_is_short(nbytes, estimates))
     if estimates is None:
         return usual
     others = ways("allreduce", nbytes, size, no_arena="one rank a node")
     return estimates.best("allreduce", nbytes, _first(usual, others))
+
+
+def _is_short(nbytes: int, estimates: Estimates | None) -> bool:
+    return nbytes <= LONGEST if estimates is None else estimates.is_short(nbytes)
 
 
 def _first(usual: str, others: tuple[str, ...]) -> tuple[str, ...]:
@@ -100,23 +109,32 @@ def _first(usual: str, others: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @lru_cache
-def usual_across(nbytes: int, size: int) -> str:
+def usual_across(nbytes: int, size: int, *, short: bool) -> str:
     """Return what to take across nodes that were not measured.
 
     Gathered, or the schedule that costs least by its formula: a byte costs more between nodes than
     in a node's memory, and a number of ranks that is no power of two more bytes with doubling than
     in a ring.
+
+    Args:
+        nbytes: of the message.
+        size: number of ranks.
+        short: whether steps that need nothing of each other are in flight at once.
     """
     if _gathers(nbytes, size, per_node=1):
         return "gathered"
     names = ["halving_doubling", "ring"]
     if nbytes <= LARGEST_WHOLE:
         names.insert(0, "recursive_doubling")
+    if short and size <= 1 + MOST_AT_ONCE:  # two flights; more were not measured
+        names.append("all_pairs")
 
     def seconds(name: str) -> float:
         known = ALGORITHMS["allreduce"][name]
         cost = known.cost(size, known.chunks(size, 1))
-        return cost.steps * STEP_ACROSS + float(cost.sent_fraction) * nbytes * BYTE_ACROSS
+        waits = all_pairs_flights(size) if name == "all_pairs" else cost.steps
+        more = (cost.steps - waits) * MESSAGE_ACROSS
+        return waits * STEP_ACROSS + more + float(cost.sent_fraction) * nbytes * BYTE_ACROSS
 
     return min(names, key=seconds)
 
@@ -198,7 +216,8 @@ def pick_allreduce(
     elif no_hierarchy:
         usual = pick_schedule("allreduce", nbytes)
     else:
-        usual = usual_across(nbytes, size) if flat else "hierarchical"
+        short = _is_short(nbytes, estimates)
+        usual = usual_across(nbytes, size, short=short) if flat else "hierarchical"
     if estimates is None:
         return usual
     nested = (no_hierarchy or "one rank a node") if flat else ""

@@ -2,7 +2,8 @@
 
 A step of a short message costs more in Python than on its way.  So the message is copied into
 memory of the schedule's own, whose parts are exchanged again and again (see
-`Transport.prepare_exchange`), and all steps are one call into the native module::
+`Transport.prepare_exchange`), those of steps that need nothing of each other at once (see
+`hvdkit.schedules.flights`), and all of it is one call into the native module::
 
     copy in  >  exchange, reduce  >  exchange, reduce  >  ...  >  exchange  >  copy out
 
@@ -21,7 +22,8 @@ next ones arrive.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Protocol, TypeAlias
 
@@ -30,12 +32,13 @@ from numpy.typing import NDArray
 
 from hvdkit.collectives.executor import Executor, StepRecorder
 from hvdkit.collectives.frames import signed
-from hvdkit.collectives.program import Move, even_bounds, lay_out
+from hvdkit.collectives.program import even_bounds, lay_out
 from hvdkit.dtypes import DTYPE_CODES, ReduceOp, exported
 from hvdkit.errors import HorovodInternalError
 from hvdkit.native import quick_schedule
+from hvdkit.schedules.flights import flights_of
 from hvdkit.schedules.registry import Algorithm
-from hvdkit.schedules.steps import chunk_indices
+from hvdkit.schedules.steps import Exchange, chunk_indices, contiguous_runs
 from hvdkit.transport.base import Part, Prepared
 
 #: dtype, op, prescale, divisor, postscale and signature of a call, as the arena takes them.
@@ -54,6 +57,11 @@ _MARK = 8
 _ALIGNMENT = 64
 
 
+def _marked(nbytes: int) -> int:
+    """Return the bytes of a chunk with its mark."""
+    return -(-nbytes // _MARK) * _MARK + _MARK
+
+
 class _Chunk:
     """A chunk in the message's memory or beside it.
 
@@ -69,9 +77,43 @@ class _Chunk:
     def __init__(
         self, memory: NDArray[np.uint8], place: int, nbytes: int, dtype: np.dtype[Any]
     ) -> None:
-        end = place + -(-nbytes // _MARK) * _MARK
+        end = place + _marked(nbytes)
         self.elements = memory[place : place + nbytes].view(dtype)
-        self.mark = memory[end : end + _MARK].view(np.int64)
+        self.mark = memory[end - _MARK : end].view(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class _Landing:
+    """Where a chunk arrives that is combined with this rank's own.
+
+    Args:
+        number: of the chunk.
+        place: in the memory.
+        arrived: the chunk there.
+        first: whether it is the first operand.
+    """
+
+    number: int
+    place: int
+    arrived: _Chunk
+    first: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """Steps whose messages are in flight together.
+
+    Args:
+        name: which steps, and what they do.
+        exchange: of their messages.
+        landings: in the order in which they are combined.
+        sent: bytes of elements.
+    """
+
+    name: str
+    exchange: Prepared
+    landings: tuple[_Landing, ...]
+    sent: int
 
 
 class PreparedSchedule:
@@ -97,57 +139,70 @@ class PreparedSchedule:
         self._dtype = dtype
         self._left_by: BaseException | None = None
         """What ended a call half-way: the other ranks wait in its steps."""
-        transport = executor.transport
-        chunks = algorithm.chunks(transport.size, 1)
+        size = executor.transport.size
+        chunks = algorithm.chunks(size, 1)
         ends = even_bounds(count, chunks)
-        lengths = [(stop - start) * dtype.itemsize for start, stop in pairwise(ends)]
-        places = list(accumulate((-(-n // _MARK) * _MARK + _MARK for n in lengths), initial=0))
-        stride = -(-places[-1] // _ALIGNMENT) * _ALIGNMENT
-        self._memory = np.zeros(2 * stride, np.uint8)
         self._slices = [slice(*both) for both in pairwise(ends)]
-        self._work, self._landing = (
-            [
-                _Chunk(self._memory, offset + place, nbytes, dtype)
-                for place, nbytes in zip(places[:-1], lengths, strict=True)
-            ]
-            for offset in (0, stride)
-        )
-        steps = list(
-            algorithm.steps((transport.rank - root) % transport.size, transport.size, chunks)
-        )
-        moves = lay_out(steps, transport.size, places, longest=places[-1], root=root)
-        reduced = [chunk_indices(step.reduce[1]) if step.reduce else () for step in steps]
-        self._steps = [
-            (move, self._prepare(move, stride), some)
-            for move, some in zip(moves, reduced, strict=True)
-        ]
+        self._lengths = [(stop - start) * dtype.itemsize for start, stop in pairwise(ends)]
+        self._places = list(accumulate((_marked(n) for n in self._lengths), initial=0))
+        self._beside = -(-self._places[-1] // _ALIGNMENT) * _ALIGNMENT
+        """Where the message's own memory ends, and what is to be combined with it arrives."""
+        flights = flights_of(algorithm.steps((executor.transport.rank - root) % size, size, chunks))
+        arriving = max((sum(self._reduced(step) for step in some) for some in flights), default=0)
+        self._memory = np.zeros(self._beside + arriving, np.uint8)
+        self._work = [self._chunk(number, place) for number, place in enumerate(self._places[:-1])]
+        self._flights: list[_Flight] = []
+        done = 0
+        for some in flights:
+            self._flights.append(self._prepare(some, done, root))
+            done += len(some)
         self._quick = quick_schedule(
             self._memory,
             DTYPE_CODES[dtype],
-            stride,
-            tuple(zip(places[:-1], lengths, strict=True)),
+            tuple(zip(self._places[:-1], self._lengths, strict=True)),
             tuple(
-                (exchange.run, move.source < transport.rank, some)
-                for move, exchange, some in self._steps
+                (now.exchange.run, tuple((at.number, at.place, at.first) for at in now.landings))
+                for now in self._flights
             ),
         )
         """All of it in the native module, where there is one."""
-        self._sent = [
-            sum(lengths[chunk] for chunk in chunk_indices(step.send[1])) if step.send else 0
-            for step in steps
-        ]
-        """Bytes of elements that each step sends."""
 
-    def _prepare(self, move: Move, landing: int) -> Prepared:
-        """Set up a step's messages; what is to be reduced lands beside the message itself."""
-        sends = list(self._parts(move.destination, move.outgoing, 0))
-        receives = list(self._parts(move.source, move.incoming, landing if move.reduces else 0))
+    def _chunk(self, number: int, place: int) -> _Chunk:
+        return _Chunk(self._memory, place, self._lengths[number], self._dtype)
+
+    def _reduced(self, step: Exchange) -> int:
+        """Return the bytes that arrive in a step to be combined, with their marks."""
+        chunks = chunk_indices(step.reduce[1]) if step.reduce else ()
+        return sum(_marked(self._lengths[number]) for number in chunks)
+
+    def _prepare(self, steps: Sequence[Exchange], done: int, root: int) -> _Flight:
+        """Set up the messages of steps that are in flight together, after so many others."""
+        transport, places = self._executor.transport, self._places
+        moves = lay_out(steps, transport.size, places, longest=places[-1], root=root)
+        sends: list[Part] = []
+        receives: list[Part] = []
+        landings: list[_Landing] = []
+        end, sent = self._beside, 0
+        for step, move in zip(steps, moves, strict=True):
+            sends += [Part(move.destination, part.start, part.stop) for part in move.outgoing]
+            if step.send is not None:
+                sent += sum(self._lengths[number] for number in chunk_indices(step.send[1]))
+            if step.reduce is None:
+                receives += [Part(move.source, part.start, part.stop) for part in move.incoming]
+                continue
+            first = move.source < transport.rank
+            for begin, stop in contiguous_runs(step.reduce[1]):
+                at = end - places[begin]
+                receives.append(Part(move.source, end, places[stop] + at))
+                for number in range(begin, stop):
+                    place = places[number] + at
+                    landings.append(_Landing(number, place, self._chunk(number, place), first))
+                end = places[stop] + at
         executor = self._executor
-        return executor.transport.prepare_exchange(self._memory, sends, receives, executor.backoff)
-
-    def _parts(self, rank: int, segments: Sequence[slice], offset: int) -> Iterator[Part]:
-        for part in segments:
-            yield Part(rank, offset + part.start, offset + part.stop)
+        exchange = transport.prepare_exchange(self._memory, sends, receives, executor.backoff)
+        numbers = f"step {done}" if len(steps) == 1 else f"steps {done} to {done + len(steps) - 1}"
+        name = f"{numbers}: {'; '.join(map(str, moves))}"
+        return _Flight(name, exchange, tuple(landings), sent)
 
     def run(
         self,
@@ -217,29 +272,28 @@ class PreparedSchedule:
         self._check_whole()
         for chunk in self._work:
             chunk.mark[0] = DIFFERENT
-        for _, exchange, _ in self._steps:
-            exchange.run()
+        for now in self._flights:
+            now.exchange.run()
 
     def _play(self, op: ReduceOp, recorder: StepRecorder | None) -> None:
-        rank, kernels = self._executor.transport.rank, self._executor.kernels
-        for number, (move, exchange, reduced) in enumerate(self._steps):
+        kernels = self._executor.kernels
+        for now in self._flights:
             began = 0.0 if recorder is None else time.perf_counter()
-            exchange.run()
-            first = move.source < rank
-            for chunk in reduced:
-                ours, theirs = self._work[chunk], self._landing[chunk]
-                kernels.reduce(ours.elements, theirs.elements, op, incoming_first=first)
+            now.exchange.run()
+            for at in now.landings:
+                ours, theirs = self._work[at.number], at.arrived
+                kernels.reduce(ours.elements, theirs.elements, op, incoming_first=at.first)
                 if ours.mark[0] != theirs.mark[0]:
                     ours.mark[0] = DIFFERENT
             if recorder is not None:
-                recorder.step(f"step {number}: {move}", began, self._sent[number])
+                recorder.step(now.name, began, now.sent)
 
     def free(self) -> None:
         """Let go of the memory, and of what the transport keeps for it.  Local."""
-        for _, exchange, _ in self._steps:
-            exchange.free()
+        for now in self._flights:
+            now.exchange.free()
         self._quick = None
-        self._steps, self._work, self._landing = [], [], []
+        self._flights, self._work = [], []
         self._memory = self._memory[:0].copy()
 
 

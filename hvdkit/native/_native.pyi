@@ -218,22 +218,20 @@ class Schedule:
     """The steps of a schedule on messages of one length; see `collectives.prepared`.
 
     Args:
-        memory: of the chunks, each with a mark of 8 bytes behind it, up to `stride`; and, as far
-            behind, what came to be combined with them.
+        memory: of the chunks, each with a mark of 8 bytes behind it, and of what arrives to be
+            combined with them, which has marks as well.
         dtype: of the elements.
-        stride: bytes, of which there are twice as many.
         chunks: of each, where it is in the memory, a multiple of 8, and how many bytes it has.
-        steps: of each, what exchanges its messages, whether what comes is the first operand, and
-            which chunks are combined with it.
+        flights: of each, what exchanges its messages, and what is combined then: with which chunk,
+            where it arrives, a multiple of 8 as well, and whether it is the first operand.
     """
 
     def __init__(
         self,
         memory: _Buffer,
         dtype: int,
-        stride: int,
         chunks: tuple[tuple[int, int], ...],
-        steps: tuple[tuple[Callable[[], object], bool, tuple[int, ...]], ...],
+        flights: tuple[tuple[Callable[[], object], tuple[tuple[int, int, bool], ...]], ...],
         /,
     ) -> None: ...
     def __call__(

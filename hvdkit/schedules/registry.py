@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hvdkit.errors import ArgumentError
+from hvdkit.schedules.all_pairs import all_pairs_allreduce
 from hvdkit.schedules.bruck import bruck_allgather, bruck_allgather_cost
 from hvdkit.schedules.chain import chain_broadcast, chain_broadcast_cost
 from hvdkit.schedules.cost import Cost, log2_floor
@@ -138,6 +139,14 @@ _KNOWN = (
         chunks=_one_a_core_rank,
         cost=halving_doubling_cost,
         source="Rabenseifner 2004",
+    ),
+    Algorithm(
+        collective="allreduce",
+        name="all_pairs",
+        steps=all_pairs_allreduce,
+        chunks=_one_a_rank,
+        cost=ring_allreduce_cost,
+        source="Cowan et al. 2023",
     ),
     Algorithm(
         collective="allgather",

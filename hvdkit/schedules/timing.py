@@ -19,9 +19,14 @@ from dataclasses import dataclass, replace
 
 from hvdkit.config import SEGMENT_BYTES
 from hvdkit.errors import ArgumentError
+from hvdkit.schedules.all_pairs import all_pairs_flights
 from hvdkit.schedules.cost import log2_ceil, log2_floor
 from hvdkit.schedules.double_tree import double_tree_cost
+from hvdkit.schedules.flights import is_short
 from hvdkit.schedules.machine import USUAL, Level, Machine
+
+#: What a message costs that is in flight with another one, of what it costs alone.
+AT_ONCE = 0.1
 
 #: What shared memory serves.
 _ALL = ("allreduce", "allgather", "reducescatter", "broadcast", "alltoall", "barrier")
@@ -100,6 +105,19 @@ def predict(
     return sum(some.count * _step(some, place, machine) for some in steps(place))
 
 
+def in_flights(machine: Machine, size: int) -> Machine:
+    """Return the machine as the messages of all pairs see it where most are in flight with others.
+
+    So they are where messages are short: see `hvdkit.schedules.flights`.
+    """
+    messages, flights = 2 * max(size - 1, 1), all_pairs_flights(size)
+    share = (flights + AT_ONCE * (messages - flights)) / messages
+    within, across = (
+        replace(level, alpha=share * level.alpha) for level in (machine.within, machine.across)
+    )
+    return Machine(within, across)
+
+
 def message_seconds(nbytes: float, level: Level, segment_bytes: int, *, reduces: bool) -> float:
     """Return the seconds of a message in segments, each reduced while the next ones travel."""
     segments = max(1, -int(-nbytes // segment_bytes))
@@ -142,6 +160,10 @@ def _hierarchical(place: _Place, machine: Machine) -> float:
     within = replace(place, size=place.per_node)
     shard = place.nbytes / place.per_node
     shared = replace(machine.across, beta=machine.across.beta * place.per_node)
+    plainly = Machine(within=shared, across=shared)
+    ways = dict.fromkeys(("ring", "halving_doubling", "recursive_doubling"), plainly)
+    if is_short(shard, place.segment_bytes):
+        ways["all_pairs"] = in_flights(plainly, nodes)
     across = min(
         predict(
             "allreduce",
@@ -149,10 +171,10 @@ def _hierarchical(place: _Place, machine: Machine) -> float:
             shard,
             nodes,
             ranks_per_node=1,
-            machine=Machine(within=shared, across=shared),
+            machine=seen,
             segment_bytes=place.segment_bytes,
         )
-        for name in ("ring", "halving_doubling", "recursive_doubling")
+        for name, seen in ways.items()
     )
     if place.per_node == 1:
         return across
@@ -223,6 +245,11 @@ def _halving_doubling(place: _Place) -> Iterator[_Steps]:
     yield from _folding(place, place.nbytes)
 
 
+def _all_pairs(place: _Place) -> Iterator[_Steps]:
+    for reduces in (True, False):
+        yield from _pairwise(place, reduces=reduces)
+
+
 def _recursive_halving(place: _Place) -> Iterator[_Steps]:
     core = 1 << log2_floor(place.size)
     for exponent in range(log2_floor(place.size)):
@@ -244,9 +271,9 @@ def _bruck(place: _Place) -> Iterator[_Steps]:
         yield _Steps(1, chunk * chunks, False, _around(place, 1 << exponent), around=True)
 
 
-def _pairwise(place: _Place) -> Iterator[_Steps]:
+def _pairwise(place: _Place, *, reduces: bool = False) -> Iterator[_Steps]:
     for offset in range(1, place.size):
-        yield _Steps(1, place.nbytes / place.size, False, _around(place, offset), around=True)
+        yield _Steps(1, place.nbytes / place.size, reduces, _around(place, offset), around=True)
 
 
 def _dissemination(place: _Place) -> Iterator[_Steps]:
@@ -271,6 +298,7 @@ _STEPS: dict[tuple[str, str], Callable[[_Place], Iterator[_Steps]]] = {
     ("allreduce", "double_tree"): _double_tree,
     ("allreduce", "recursive_doubling"): _recursive_doubling,
     ("allreduce", "halving_doubling"): _halving_doubling,
+    ("allreduce", "all_pairs"): _all_pairs,
     ("allreduce", "gathered"): _gathered,
     ("allgather", "ring"): lambda place: _ring(place, reduces=False),
     ("allgather", "bruck"): _bruck,

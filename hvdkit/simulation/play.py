@@ -108,7 +108,7 @@ class _Clocks:
         source, destination, begun = pairs.source, pairs.destination, self.done
         if pairs is not self._pairs:
             self._pairs = pairs
-            self._by_source, self._by_destination = np.argsort(source), np.argsort(destination)
+            self._by_source, self._by_destination = _inverse(source), _inverse(destination)
         from_source, from_destination = begun[source], begun[destination]
         start = np.maximum(from_source, from_destination)
         latest = np.where(from_destination > from_source, destination, source)
@@ -124,3 +124,10 @@ class _Clocks:
             parts[:, JITTER] += late[ending]
         self.begun, self.begun_parts = self.done, self.done_parts
         self.done, self.done_parts = np.maximum(sent, received), parts
+
+
+def _inverse(order: Ints) -> Ints:
+    """Return where in `order`, a permutation, each number is."""
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order))
+    return inverse

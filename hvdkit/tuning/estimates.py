@@ -12,10 +12,11 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from hvdkit.config import KIB, SEGMENT_BYTES
+from hvdkit.config import SEGMENT_BYTES
+from hvdkit.schedules import flights
 from hvdkit.schedules.cost import log2_ceil
 from hvdkit.schedules.machine import Machine
-from hvdkit.schedules.timing import predict
+from hvdkit.schedules.timing import in_flights, predict
 from hvdkit.tuning.record import USUAL_LEVELS, Cell, Tuning
 
 #: The default stays if what seems better is so by less than this share of its time: measured, and
@@ -28,13 +29,6 @@ MEASURED, MODEL = "measured", "model"
 
 #: Algorithms that check by themselves that the ranks agree.
 _CHECKED = ("shm", "gathered", "mpi")
-
-#: Bytes of a short message, at most: where copying it twice takes as long as Python does for a few
-#: steps of a schedule.
-LONGEST = 128 * KIB
-
-#: So many segments of a message are one still.
-SEGMENTS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +134,8 @@ class Estimates:
             within = self.levels.shared.within if self.nested else machine.within
             machine = Machine(within, machine.across)
             machine = _checking(machine, self.levels.check, nested=self.nested)
+        elif name == "all_pairs" and self.is_short(nbytes):
+            machine = in_flights(machine, self.size)
         seconds = predict(
             kind,
             name,
@@ -162,7 +158,7 @@ class Estimates:
 
     def is_short(self, nbytes: int) -> bool:
         """Return whether a message of so many bytes is not worth cutting in segments."""
-        return nbytes <= min(LONGEST, SEGMENTS * self.segment_bytes(nbytes))
+        return flights.is_short(nbytes, self.segment_bytes(nbytes))
 
     def segment_bytes(self, nbytes: int) -> int:
         """Return the bytes of a segment of a message of so many bytes."""

@@ -115,9 +115,16 @@ def test_crossings_measured_and_predicted():
     some = results("gathered", 1e-6, 1e-9, 1.0) + results("ring", 10e-6, 1e-10, 100.0)
     ((_, _, measured, predicted, times),) = predictions.crossings_of(some)
     assert (measured, times) == ("never", "")
+    assert predictions.choices_of(some) == [
+        ["4 B", "gathered", "gathered", "1.00"],
+        ["1000 B", "gathered", "gathered", "1.00"],
+        ["97.66 KiB", "gathered", "ring", "19.80"],
+        ["9.537 MiB", "gathered", "ring", "10.10"],
+    ]
     run = Run("hosts", "2026-11-21T12:00:00+0000", {}, {}, tuple(some))
     curves = predictions.predicted([run], [])
     assert {s.name for s in curves["allreduce, 3 x 1 ranks", 3]} == {"gathered", "ring"}
     page = report.render([run], report.sections_of([run], curves))
     assert "from, predicted" in page
     assert predicted in page
+    assert "fastest, predicted" in page

@@ -1,10 +1,14 @@
 """What is chosen by what was measured, and by the model where nothing was."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 
 from core.tunings import KIB, LEVELS, MIB, cells, tuning
 from hvdkit.collectives.pick import pick, pick_across, pick_allreduce
-from hvdkit.schedules.timing import predict
+from hvdkit.schedules.machine import Machine
+from hvdkit.schedules.timing import in_flights, predict
 from hvdkit.tuning.estimates import Estimates
 
 TWO_WAYS = tuning(
@@ -78,6 +82,17 @@ def test_by_the_model_few_messages_for_few_bytes_and_few_bytes_for_many():
     how = {"size": 4, "no_arena": "none", "estimates": some}
     assert pick_allreduce("auto", 4, **how) == "gathered"
     assert pick_allreduce("auto", 64 * MIB, **how) in ("ring", "halving_doubling")
+
+
+def test_messages_in_flight_together_wait_once():
+    """Two waits, and of the other four messages a tenth each; long ones are the executor's."""
+    group = Estimates(tuning((1, 1, 1, 1)), 4, 1)
+    formula = partial(predict, "allreduce", "all_pairs", size=4, ranks_per_node=1)
+    alpha = LEVELS.messages.across.alpha
+    saved = formula(4096, machine=LEVELS.messages) - group.modelled("allreduce", "all_pairs", 4096)
+    assert saved == pytest.approx(4 * 0.9 * alpha)
+    long = group.modelled("allreduce", "all_pairs", 64 * MIB)
+    assert long > formula(64 * MIB, machine=LEVELS.messages)
 
 
 def test_messages_that_share_a_link_take_longer():
@@ -158,3 +173,24 @@ def test_auto_over_several_nodes():
     flat = Estimates(tuning((1, 1, 1), allreduce={"tree": cells({4: 1e-5})}), 3, 1)
     assert pick_across(4, 3, flat) == "tree"
     assert pick_across(4, 3) == "gathered"
+
+
+def test_shards_cross_by_whichever_schedule_is_best():
+    """A short one between three nodes by all pairs, whose messages are in flight together."""
+    across = LEVELS.messages.across
+    machine = Machine(LEVELS.shared.within, across)
+    formula = partial(predict, "allreduce", "hierarchical", size=6, ranks_per_node=2)
+    one = partial(formula, machine=machine)
+    shared = in_flights(Machine(across, replace(across, beta=2 * across.beta)), 3)
+    crossing = predict("allreduce", "all_pairs", 4096, 3, ranks_per_node=1, machine=shared)
+    alone = Machine(machine.within, replace(across, alpha=0.0, beta=0.0, gamma=0.0))
+    assert one(8192) == pytest.approx(formula(8192, machine=alone) + crossing)
+    ring = predict(
+        "allreduce",
+        "ring",
+        4 * MIB,
+        3,
+        ranks_per_node=1,
+        machine=Machine(across, replace(across, beta=2 * across.beta)),
+    )
+    assert one(8 * MIB) == pytest.approx(formula(8 * MIB, machine=alone) + ring)

@@ -3,14 +3,15 @@
 import pytest
 
 from hvdkit.collectives.pick import (
-    LARGEST_WHOLE,
     known_algorithms,
     pick,
     pick_across,
     pick_allreduce,
 )
 from hvdkit.errors import ArgumentError
+from hvdkit.schedules.flights import LONGEST
 from hvdkit.schedules.registry import ALGORITHMS
+from hvdkit.tuning.estimates import Estimates
 
 KIB, MIB = 1024, 1024 * 1024
 KINDS = list(ALGORITHMS)
@@ -112,7 +113,9 @@ def test_auto_on_one_node_without_shared_memory(nbytes, size, wanted):
         (32 * KIB, 2, 1, "gathered"),
         (32 * KIB + 1, 2, 1, "halving_doubling"),
         (4 * KIB, 3, 1, "gathered"),
-        (8 * KIB, 3, 1, "recursive_doubling"),
+        (8 * KIB, 3, 1, "all_pairs"),
+        (64 * KIB, 9, 1, "all_pairs"),
+        (64 * KIB, 10, 1, "halving_doubling"),
         (MIB, 2, 1, "halving_doubling"),
         (MIB, 3, 1, "ring"),
     ],
@@ -148,12 +151,21 @@ def test_what_is_asked_for_is_taken_by_an_all_reduce():
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 6, 7, 8, 12, 100])
 def test_across_nodes_few_steps_for_few_bytes_and_few_bytes_for_many(size):
     assert pick_across(4, size) == "gathered"
-    assert pick_across(LARGEST_WHOLE + 1, size) in ("ring", "halving_doubling")
+    assert pick_across(LONGEST + 1, size) in ("ring", "halving_doubling")
     assert pick_across(1 << 30, size) == ("ring" if size & (size - 1) else "halving_doubling")
 
 
 def test_across_nodes_a_ring_spares_what_folding_would_send_twice():
-    assert pick_across(9 * KIB, 3) == "recursive_doubling"
-    assert pick_across(17 * KIB, 3) == "ring"
-    assert pick_across(64 * KIB, 3) == "ring"
+    assert pick_across(9 * KIB, 13) == "recursive_doubling"
+    assert pick_across(256 * KIB, 3) == "ring"
+    assert pick_across(33 * KIB, 16) == "halving_doubling"
+
+
+def test_across_few_nodes_short_messages_wait_twice():
+    """Where messages are in flight together: what is long, or cut, is the executor's."""
+    for size in range(3, 10):
+        assert pick_across(33 * KIB, size) == pick_across(LONGEST, size) == "all_pairs"
     assert pick_across(33 * KIB, 2) == "halving_doubling"
+    cut = Estimates(None, 3, 1, usual_segment=KIB)
+    assert pick_across(4 * KIB + 1, 3, cut) == "recursive_doubling"
+    assert pick_across(64 * KIB, 3, cut) == "ring"

@@ -9,8 +9,8 @@ from hvdkit.collectives.group import Group
 from hvdkit.dtypes import ReduceOp, bfloat16
 from hvdkit.errors import HorovodInternalError
 from hvdkit.native import NumpyKernels, why_unavailable
+from hvdkit.schedules import flights
 from hvdkit.schedules.registry import ALGORITHMS
-from hvdkit.tuning import estimates
 
 from .nodes import on_nodes
 from .tcp_worlds import on_tcp_ranks
@@ -88,7 +88,7 @@ def test_the_bits_are_those_of_the_executor(monkeypatch):
 def test_long_messages_and_those_in_many_segments_are_the_executors():
     def body(group):
         with pytest.raises(AssertionError, match="executor"):
-            group.run_schedule("allreduce", "ring", np.ones(estimates.LONGEST + 1, np.uint8))
+            group.run_schedule("allreduce", "ring", np.ones(flights.LONGEST + 1, np.uint8))
         group.segment_bytes = group.estimates.usual_segment = 100
         group.run_schedule("allreduce", "ring", np.ones(400, np.uint8))
         with pytest.raises(AssertionError, match="executor"):
@@ -143,6 +143,18 @@ def test_steps_are_told():
     assert steps == [("step 0: send to 1, reduce from 1", 80)]
 
 
+def test_steps_in_flight_together_are_told_as_one():
+    def body(group):
+        group.recorder = Steps()
+        group.run_schedule("allreduce", "all_pairs", np.ones(9))
+        return group.recorder.steps
+
+    assert in_group(3, body, segment_bytes=LONG)[0] == [
+        ("steps 0 to 1: send to 1, reduce from 2; send to 2, reduce from 1", 48),
+        ("steps 2 to 3: send to 1, store from 2; send to 2, store from 1", 48),
+    ]
+
+
 def test_abort_ends_the_wait():
     def body(group):
         x = np.ones(10)
@@ -154,6 +166,19 @@ def test_abort_ends_the_wait():
             assert group.executor.backoff.abandoned
 
     in_group(2, body, segment_bytes=LONG)
+
+
+def test_more_ranks_than_a_flight_has_steps():
+    """Seventeen: two flights a half, in each of which a rank meets all sixteen others."""
+
+    def body(t):
+        group = Group(t, NumpyKernels(), "sockets", segment_bytes=LONG, spin=100)
+        for turn in range(2):
+            x = np.arange(40, dtype=np.int64) * (t.rank + 1) + turn
+            group.run_schedule("allreduce", "all_pairs", x)
+            assert (x == np.arange(40) * 153 + 17 * turn).all()
+
+    on_tcp_ranks(17, body)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS["allreduce"])

@@ -16,8 +16,8 @@ from hvdkit.dtypes import DTYPES, ReduceOp
 from hvdkit.engine.stall import waits_for_others
 from hvdkit.errors import HorovodInternalError, MismatchError
 from hvdkit.native import NumpyKernels, why_unavailable
+from hvdkit.schedules import flights
 from hvdkit.schedules.registry import ALGORITHMS
-from hvdkit.tuning import estimates
 
 from .nodes import on_nodes
 from .operands import operand, reductions
@@ -30,7 +30,7 @@ LONG = 1 << 20
 HOW = {"op": ReduceOp.SUM, "name": None, "prescale": 1.0, "postscale": 1.0, "algorithm": "ring"}
 
 needs_native = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
-LAYOUTS = [(2, 2), (2, 1), (1, 3), (3, 2), ((0, 2), (1, 3, 4))]
+LAYOUTS = [(2, 2), (2, 1), (1, 3), (3, 2), (2, 1, 2), ((0, 2), (1, 3, 4))]
 
 
 def allreduce(group, x, **changes):
@@ -100,15 +100,16 @@ def test_over_nodes(nodes, count, agreements):
     assert agreements.count(sizes[0]) == 4 * sizes[0], "as above; the others are across nodes"
 
 
+@pytest.mark.parametrize("algorithm", ["halving_doubling", "all_pairs"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @needs_native
-def test_the_same_bits_in_python_and_by_the_executor(dtype, monkeypatch):
+def test_the_same_bits_in_python_and_by_the_executor(dtype, algorithm, monkeypatch):
     def results(group):
         found = []
         for how in reductions(dtype):
             x = operand(dtype, group.rank)
             for _ in range(6):  # the fifth is the first that nobody asks about
-                out = allreduce(group, x, algorithm="halving_doubling", **how)
+                out = allreduce(group, x, algorithm=algorithm, **how)
             found.append(out.tobytes())
         return found
 
@@ -118,7 +119,7 @@ def test_the_same_bits_in_python_and_by_the_executor(dtype, monkeypatch):
     monkeypatch.setattr(short, "recurring", lambda *_: None)
     monkeypatch.setattr(prepared, "quick_schedule", lambda *_: None)
     assert in_group(3, results, kernels=kernels, segment_bytes=LONG) == in_c
-    monkeypatch.setattr(estimates, "LONGEST", -1)
+    monkeypatch.setattr(flights, "LONGEST", -1)
     assert in_group(3, results, kernels=kernels, segment_bytes=LONG) == in_c
 
 
@@ -186,18 +187,21 @@ def test_one_other_call_at_the_end_of_a_loop_changes_nothing(agreements):
 
 
 @pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("algorithm", ["ring", "tree", "all_pairs"])
 @pytest.mark.parametrize("before", [0, 1, 5])
-def test_ranks_that_disagree_all_learn_it_and_go_on(before):
+def test_ranks_that_disagree_all_learn_it_and_go_on(before, algorithm):
+    how = {"algorithm": algorithm}
+
     def body(group):
         for turn in range(3):
             for _ in range(before):
-                assert (allreduce(group, np.full(300, turn)) == 3 * turn).all()
+                assert (allreduce(group, np.full(300, turn), **how) == 3 * turn).all()
             x = np.ones(300 + (group.rank == 2))
             with pytest.raises(MismatchError, match="rank 2"):
-                collectives.allreduce(group, x, x, **HOW)
+                collectives.allreduce(group, x, x, **(HOW | how))
             assert (x == 1).all()
             with pytest.raises(MismatchError, match="rank 1"):
-                barrier(group) if group.rank == 1 else allreduce(group, x[:300])
+                barrier(group) if group.rank == 1 else allreduce(group, x[:300], **how)
 
     in_group(3, body, segment_bytes=LONG)
 
@@ -205,7 +209,7 @@ def test_ranks_that_disagree_all_learn_it_and_go_on(before):
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("nodes", [(2, 2), (1, 2), (2, 1, 2)], ids=str)
 @pytest.mark.parametrize("other", range(3))
-@pytest.mark.parametrize("count", [300, 20_000])
+@pytest.mark.parametrize("count", [300, 12_000])
 @needs_native
 def test_ranks_of_nodes_that_disagree_all_learn_it_and_go_on(nodes, other, count):
     how = {"algorithm": "hierarchical"}
@@ -546,16 +550,21 @@ def test_what_is_wrong_with_the_arguments_is_an_error():
     from hvdkit.native import _native
 
     memory, recipe = np.zeros(128, np.uint8), (11, 1, 1.0, 1, 1.0, 5)
-    for stride, chunks, steps in (
-        (72, ((0, 8),), ()),
-        (64, ((4, 8),), ()),
-        (64, ((0, 64),), ()),
-        (64, ((0, 6),), ()),
-        (64, ((0, 8),), ((print, True, (1,)),)),
+    for chunks, steps in (
+        (((120, 8),), ()),
+        (((4, 8),), ()),
+        (((0, 128),), ()),
+        (((136, 0),), ()),
+        (((0, 6),), ()),
+        (((0, 8),), ((print, ((1, 16, True),)),)),
+        (((0, 8),), ((print, ((-1, 16, True),)),)),
+        (((0, 8),), ((print, ((0, 20, True),)),)),
+        (((0, 8),), ((print, ((0, -8, True),)),)),
+        (((0, 8),), ((print, ((0, 120, True),)),)),
     ):
         with pytest.raises(ValueError, match=r"memory|chunk"):
-            _native.Schedule(memory, 11, stride, chunks, steps)
-    made = _native.Schedule(memory, 11, 64, ((0, 8), (16, 8)), ())
+            _native.Schedule(memory, 11, chunks, steps)
+    made = _native.Schedule(memory, 11, ((0, 8), (16, 8)), ())
     x = np.arange(4, dtype=np.float32)
     with pytest.raises(TypeError, match="takes 4 arguments"):
         made(recipe)

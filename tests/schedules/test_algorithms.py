@@ -172,6 +172,16 @@ def test_halving_doubling_of_four_is_the_papers_table() -> None:
     ]
 
 
+def test_all_pairs_of_three_goes_straight() -> None:
+    # Rank 1 sums chunk 1 of its neighbours', and tells both.
+    assert list(get("allreduce", "all_pairs").steps(1, 3, 3)) == [
+        Exchange(send=(2, 2), reduce=(0, 1)),
+        Exchange(send=(0, 0), reduce=(2, 1)),
+        Exchange(send=(2, 1), store=(0, 0)),
+        Exchange(send=(0, 1), store=(2, 2)),
+    ]
+
+
 def test_bruck_of_five_is_the_papers_table() -> None:
     # Bruck et al.: blocks 1, 1, 2 to the left; the last step carries only what is missing.
     steps = list(get("allgather", "bruck").steps(3, 5, 5))
@@ -202,7 +212,7 @@ def test_the_trace_in_the_docstring_is_what_happens(algorithm: Algorithm) -> Non
 
 
 def test_registry_is_keyed_by_what_the_algorithms_say() -> None:
-    assert sum(map(len, ALGORITHMS.values())) == 13
+    assert sum(map(len, ALGORITHMS.values())) == 14
     for collective, by_name in ALGORITHMS.items():
         for name, algorithm in by_name.items():
             assert (algorithm.collective, algorithm.name) == (collective, name)

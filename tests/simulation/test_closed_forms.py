@@ -74,6 +74,7 @@ CROSSBAR: dict[tuple[str, str], Callable[[int, float], float]] = {
         down(p) * (A + n * (B + G)) + folded(p) * (2 * A + n * (2 * B + G))
     ),
     ("allreduce", "halving_doubling"): halved,
+    ("allreduce", "all_pairs"): lambda p, n: (p - 1) * (2 * A + n / p * (2 * B + G)),
     ("allgather", "ring"): lambda p, n: (p - 1) * (A + n / p * B),
     ("allgather", "bruck"): lambda p, n: up(p) * A + (p - 1) / p * n * B,
     ("reducescatter", "ring"): lambda p, n: (p - 1) * (A + n / p * (B + G)),
@@ -173,6 +174,8 @@ def test_of_a_shift_by_d_as_many_leave_a_node(m: int, k: int) -> None:
 
     pairwise = sum(A + N / p * leaving(d) * B for d in range(1, p))
     assert seconds("alltoall", "pairwise", on) == exactly(pairwise)
+    halves = sum(2 * A + N / p * (2 * leaving(d) * B + G) for d in range(1, p))
+    assert seconds("allreduce", "all_pairs", on) == exactly(halves)
     distances = [1 << i for i in range(up(p))]
     bruck = sum(A + min(d, p - d) * N / p * leaving(d) * B for d in distances)
     assert seconds("allgather", "bruck", on) == exactly(bruck)

@@ -29,11 +29,13 @@ def test_every_algorithm_with_what_bounds_it(capsys: pytest.CaptureFixture[str])
         "double_tree",
         "recursive_doubling",
         "halving_doubling",
+        "all_pairs",
         "hierarchical",
         "hierarchical/tree",
         "hierarchical/double_tree",
         "hierarchical/recursive_doubling",
         "hierarchical/halving_doubling",
+        "hierarchical/all_pairs",
     }
     assert all("NICs" in line or "leaf uplinks" in line for line in lines[4:])
 

@@ -22,6 +22,7 @@ SIZES = (1, 2, 3, 4, 5, 7, 8, 12, 16, 31, 33)
 #: Those whose generators do arithmetic alone: the others branch on their rank.
 ARITHMETIC = {
     ("allreduce", "ring"),
+    ("allreduce", "all_pairs"),
     ("allgather", "ring"),
     ("allgather", "bruck"),
     ("reducescatter", "ring"),

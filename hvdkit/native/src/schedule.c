@@ -2,7 +2,7 @@
  * the marks behind its chunks are for.
  *
  *   copy the chunks into the schedule's own memory, each with the mark of the call    [1]
- *   for each step: exchange, then combine chunks and marks with those that came       [2]
+ *   for each flight: exchange, then combine chunks and marks with those that came      [2]
  *   if all marks are the call's own, copy the chunks out                              [3]
  */
 #include "pyargs.h"
@@ -18,25 +18,31 @@ typedef struct {
 } chunk;
 
 typedef struct {
+    size_t number; /* of the chunk that is combined with what comes */
+    size_t place;  /* where that arrives */
+    int first;     /* whether it is the first operand */
+} landing;
+
+typedef struct {
     PyObject *exchange;
-    int first; /* whether what comes is the first operand */
     size_t count;
-    size_t *chunks; /* that are combined with what comes, which lies `stride` behind them */
-} step;
+    landing *landings;
+} flight;
 
 typedef struct {
     PyObject_HEAD
     vectorcallfunc vectorcall;
     Py_buffer memory;
     enum hv_dtype dtype;
-    size_t stride, bytes, chunk_count, step_count;
+    size_t bytes, chunk_count, flight_count;
     chunk *chunks;
-    step *steps;
+    flight *flights;
 } ScheduleObject;
 
-static size_t mark_of(const chunk *part)
+/* where the mark of such a chunk is, which begins at `place` */
+static size_t mark_of(const chunk *like, size_t place)
 {
-    return part->place + (part->bytes + MARK - 1) / MARK * MARK;
+    return place + (like->bytes + MARK - 1) / MARK * MARK;
 }
 
 static int64_t mark_at(const ScheduleObject *self, size_t place)
@@ -51,29 +57,30 @@ static void set_mark(ScheduleObject *self, size_t place, int64_t mark)
     memcpy((char *)self->memory.buf + place, &mark, sizeof mark);
 }
 
-static void combine(ScheduleObject *self, const step *now, enum hv_op op) /* [2] */
+static void combine(ScheduleObject *self, const flight *now, enum hv_op op) /* [2] */
 {
     char *memory = self->memory.buf;
     const size_t itemsize = hv_itemsize(self->dtype);
     for (size_t i = 0; i < now->count; i++) {
-        const chunk *part = &self->chunks[now->chunks[i]];
-        char *ours = memory + part->place, *theirs = ours + self->stride;
-        hv_combine(self->dtype, op, ours, now->first ? theirs : ours, now->first ? ours : theirs,
+        const landing *at = &now->landings[i];
+        const chunk *part = &self->chunks[at->number];
+        char *ours = memory + part->place, *theirs = memory + at->place;
+        hv_combine(self->dtype, op, ours, at->first ? theirs : ours, at->first ? ours : theirs,
                    part->bytes / itemsize);
-        const size_t mark = mark_of(part);
-        if (mark_at(self, mark) != mark_at(self, mark + self->stride))
+        const size_t mark = mark_of(part, part->place);
+        if (mark_at(self, mark) != mark_at(self, mark_of(part, at->place)))
             set_mark(self, mark, DIFFERENT);
     }
 }
 
 static int play(ScheduleObject *self, enum hv_op op)
 {
-    for (size_t i = 0; i < self->step_count; i++) {
-        PyObject *done = PyObject_CallNoArgs(self->steps[i].exchange);
+    for (size_t i = 0; i < self->flight_count; i++) {
+        PyObject *done = PyObject_CallNoArgs(self->flights[i].exchange);
         if (!done)
             return -1;
         Py_DECREF(done);
-        combine(self, &self->steps[i], op);
+        combine(self, &self->flights[i], op);
     }
     return 0;
 }
@@ -89,13 +96,15 @@ static PyObject *reduce(ScheduleObject *self, const hv_recipe *recipe, int64_t m
         if (recipe->prescale != 1.0)
             hv_scale(self->dtype, memory + part->place, part->bytes / itemsize, 1,
                      recipe->prescale);
-        set_mark(self, mark_of(part), mark);
+        set_mark(self, mark_of(part, part->place), mark);
     }
     if (play(self, recipe->op))
         return NULL;
-    for (size_t i = 0; i < self->chunk_count; i++)
-        if (mark_at(self, mark_of(&self->chunks[i])) != mark)
+    for (size_t i = 0; i < self->chunk_count; i++) {
+        const chunk *part = &self->chunks[i];
+        if (mark_at(self, mark_of(part, part->place)) != mark)
             Py_RETURN_FALSE;
+    }
     for (size_t i = 0; i < self->chunk_count; i++) /* [3] */
         memcpy(target + self->chunks[i].start, memory + self->chunks[i].place,
                self->chunks[i].bytes);
@@ -136,18 +145,18 @@ static PyObject *call(PyObject *callable, PyObject *const *args, size_t flags, P
 
 static int traverse(ScheduleObject *self, visitproc visit, void *arg)
 {
-    for (size_t i = 0; i < self->step_count; i++)
-        Py_VISIT(self->steps[i].exchange);
+    for (size_t i = 0; i < self->flight_count; i++)
+        Py_VISIT(self->flights[i].exchange);
     return 0;
 }
 
 static int clear(ScheduleObject *self)
 {
-    const size_t count = self->step_count;
-    self->step_count = 0;
+    const size_t count = self->flight_count;
+    self->flight_count = 0;
     for (size_t i = 0; i < count; i++) {
-        Py_CLEAR(self->steps[i].exchange);
-        PyMem_Free(self->steps[i].chunks);
+        Py_CLEAR(self->flights[i].exchange);
+        PyMem_Free(self->flights[i].landings);
     }
     return 0;
 }
@@ -156,10 +165,18 @@ static void dealloc(ScheduleObject *self)
 {
     PyObject_GC_UnTrack(self);
     clear(self);
-    PyMem_Free(self->steps);
+    PyMem_Free(self->flights);
     PyMem_Free(self->chunks);
     PyBuffer_Release(&self->memory);
     Py_TYPE(self)->tp_free((PyObject *)self);
+}
+
+/* whether a chunk of such a length, with its mark, lies in the memory from `place` on */
+static int lies_within(const ScheduleObject *self, const chunk *like, size_t place)
+{
+    const size_t length = (size_t)self->memory.len;
+    return place % MARK == 0 && place <= length && like->bytes <= length &&
+           mark_of(like, place) + MARK <= length;
 }
 
 static int take_chunks(ScheduleObject *self, PyObject *chunks)
@@ -176,7 +193,7 @@ static int take_chunks(ScheduleObject *self, PyObject *chunks)
             return -1;
         chunk *part = &self->chunks[i];
         *part = (chunk){ .place = (size_t)place, .start = self->bytes, .bytes = (size_t)bytes };
-        if (place < 0 || bytes < 0 || part->place % MARK || mark_of(part) + MARK > self->stride ||
+        if (place < 0 || bytes < 0 || !lies_within(self, part, part->place) ||
             part->bytes % hv_itemsize(self->dtype)) {
             PyErr_SetString(PyExc_ValueError, "a chunk is not in the memory");
             return -1;
@@ -187,37 +204,46 @@ static int take_chunks(ScheduleObject *self, PyObject *chunks)
     return 0;
 }
 
-static int take_steps(ScheduleObject *self, PyObject *steps)
+static int take_landing(ScheduleObject *self, PyObject *given, landing *at)
 {
-    const Py_ssize_t count = PyTuple_GET_SIZE(steps);
-    self->steps = PyMem_Calloc((size_t)count + 1, sizeof *self->steps);
-    if (!self->steps) {
+    Py_ssize_t number, place;
+    if (!PyArg_ParseTuple(given, "nnp", &number, &place, &at->first))
+        return -1;
+    at->number = (size_t)number;
+    at->place = (size_t)place;
+    if (number < 0 || at->number >= self->chunk_count || place < 0 ||
+        !lies_within(self, &self->chunks[at->number], at->place)) {
+        PyErr_SetString(PyExc_ValueError, "there is no such chunk, or it is not in the memory");
+        return -1;
+    }
+    return 0;
+}
+
+static int take_flights(ScheduleObject *self, PyObject *flights)
+{
+    const Py_ssize_t count = PyTuple_GET_SIZE(flights);
+    self->flights = PyMem_Calloc((size_t)count + 1, sizeof *self->flights);
+    if (!self->flights) {
         PyErr_NoMemory();
         return -1;
     }
     for (Py_ssize_t i = 0; i < count; i++) {
-        PyObject *exchange, *reduced;
-        step *now = &self->steps[i];
-        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(steps, i), "OpO!", &exchange, &now->first,
-                              &PyTuple_Type, &reduced))
+        PyObject *exchange, *landings;
+        flight *now = &self->flights[i];
+        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(flights, i), "OO!", &exchange, &PyTuple_Type,
+                              &landings))
             return -1;
-        now->count = (size_t)PyTuple_GET_SIZE(reduced);
-        now->chunks = PyMem_Calloc(now->count + 1, sizeof *now->chunks);
-        if (!now->chunks) {
+        now->count = (size_t)PyTuple_GET_SIZE(landings);
+        now->landings = PyMem_Calloc(now->count + 1, sizeof *now->landings);
+        if (!now->landings) {
             PyErr_NoMemory();
             return -1;
         }
         now->exchange = Py_NewRef(exchange);
-        self->step_count++;
-        for (size_t k = 0; k < now->count; k++) {
-            now->chunks[k] = PyLong_AsSize_t(PyTuple_GET_ITEM(reduced, (Py_ssize_t)k));
-            if (PyErr_Occurred())
+        self->flight_count++;
+        for (size_t k = 0; k < now->count; k++)
+            if (take_landing(self, PyTuple_GET_ITEM(landings, (Py_ssize_t)k), &now->landings[k]))
                 return -1;
-            if (now->chunks[k] >= self->chunk_count) {
-                PyErr_SetString(PyExc_ValueError, "there is no such chunk");
-                return -1;
-            }
-        }
     }
     return 0;
 }
@@ -225,11 +251,10 @@ static int take_steps(ScheduleObject *self, PyObject *steps)
 static PyObject *new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
     Py_buffer memory;
-    PyObject *dtype, *chunks, *steps;
-    Py_ssize_t stride;
+    PyObject *dtype, *chunks, *flights;
     if ((keywords && PyDict_GET_SIZE(keywords)) ||
-        !PyArg_ParseTuple(args, "w*OnO!O!", &memory, &dtype, &stride, &PyTuple_Type, &chunks,
-                          &PyTuple_Type, &steps))
+        !PyArg_ParseTuple(args, "w*OO!O!", &memory, &dtype, &PyTuple_Type, &chunks, &PyTuple_Type,
+                          &flights))
         return NULL;
     ScheduleObject *self = (ScheduleObject *)type->tp_alloc(type, 0);
     if (!self) {
@@ -238,11 +263,8 @@ static PyObject *new(PyTypeObject *type, PyObject *args, PyObject *keywords)
     }
     self->vectorcall = call;
     self->memory = memory;
-    self->stride = (size_t)stride;
-    if (stride < 0 || stride % MARK || stride > memory.len / 2)
-        PyErr_SetString(PyExc_ValueError, "there is too little memory");
-    else if (!hv_arg_dtype(dtype, &self->dtype) && !take_chunks(self, chunks) &&
-             !take_steps(self, steps))
+    if (!hv_arg_dtype(dtype, &self->dtype) && !take_chunks(self, chunks) &&
+        !take_flights(self, flights))
         return (PyObject *)self;
     Py_DECREF(self);
     return NULL;
@@ -251,7 +273,7 @@ static PyObject *new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 static PyTypeObject schedule_type = {
     PyVarObject_HEAD_INIT(NULL, 0)
     .tp_name = "hvdkit.native._native.Schedule",
-    .tp_doc = "Schedule(memory, dtype, stride, chunks, steps)\n--\n\n"
+    .tp_doc = "Schedule(memory, dtype, chunks, flights)\n--\n\n"
               "Callable (recipe, mark, source, target): all its steps; whether all marks are alike.",
     .tp_basicsize = sizeof(ScheduleObject),
     .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_HAVE_GC,
