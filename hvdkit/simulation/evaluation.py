@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hvdkit.schedules.steps import Exchange, Schedule, Transfer, chunk_indices
+from hvdkit.schedules.steps import Schedule, Transfer, chunk_indices
 from hvdkit.simulation.rounds import Ints, Pairs, Round, without_empty
 
 #: What a generator that cannot take an array may raise: arrays have no truth and are no index.
@@ -38,8 +38,14 @@ def takes_arrays(steps: Schedule, size: int, chunks: int) -> bool:
             ).any():
                 return False
             matched = to, source
-            if any(_at(step, rank) != _at(next(one, None), 0) for rank, one in alone.items()):
-                return False
+            for rank, one in alone.items():
+                own = next(one, None)
+                if own is None or not (
+                    _same(step.send, own.send, rank)
+                    and _same(step.reduce, own.reduce, rank)
+                    and _same(step.store, own.store, rank)
+                ):
+                    return False
     except _REFUSALS:
         return False
     return all(next(one, None) is None for one in alone.values())
@@ -75,21 +81,16 @@ def _units(carried: Any, chunks: int, held: int) -> int | Ints:
     )
 
 
-def _at(step: Exchange | None, rank: int) -> tuple[Any, ...] | None:
-    """Return the transfers of one rank in a step, which may be of all of them."""
-    if step is None:
-        return None
-    return tuple(_transfer_at(half, rank) for half in (step.send, step.reduce, step.store))
-
-
-def _transfer_at(half: Transfer | None, rank: int) -> tuple[int, tuple[int, ...]] | None:
-    if half is None:
-        return None
-    peer, carried = half
-    several = carried if isinstance(carried, tuple) else (carried,)
-    if isinstance(carried, range):
-        several = chunk_indices(carried)
-    return _of(peer, rank), tuple(_of(chunk, rank) for chunk in several)
+def _same(everyones: Transfer | None, ones: Transfer | None, rank: int) -> bool:
+    """Return whether a transfer of all ranks is, for one of them, what it alone has."""
+    if everyones is None or ones is None:
+        return everyones is ones
+    if _of(everyones[0], rank) != ones[0]:
+        return False
+    carried = everyones[1]
+    if isinstance(carried, tuple | range):
+        return tuple(_of(chunk, rank) for chunk in carried) == chunk_indices(ones[1])
+    return chunk_indices(ones[1]) == (_of(carried, rank),)
 
 
 def _of(number: Any, rank: int) -> int:

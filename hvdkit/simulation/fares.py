@@ -50,7 +50,7 @@ class Fare:
 class _Way:
     """What the messages of some pairs meet: an entry for each."""
 
-    alpha: Floats
+    alpha: NDArray[np.floating[Any]]
     beta: Floats
     gamma: Floats
     link: Ints  # the part that the time of its bytes is
@@ -68,6 +68,8 @@ class Fares:
         self._slow = np.ones(network.size)
         for rank, factor in disturbance.stragglers.items():
             self._slow[rank] = factor
+        self._any_slow = bool((self._slow != 1).any())
+        self._numbers = np.arange(network.size)
         self._known: OrderedDict[Pairs, tuple[_Way, dict[tuple[int, bool], Fare]]] = OrderedDict()
 
     def of(self, some: Round) -> Fare:
@@ -86,20 +88,30 @@ class Fares:
 
     def _find_way(self, pairs: Pairs) -> _Way:
         source, destination = self._node[pairs.source], self._node[pairs.destination]
-        across = np.flatnonzero(source != destination)
-        levels = self._network.machine
+        levels, leaving = self._network.machine, source != destination
+        if leaving.all():
+            return self._way_across(source, destination)
         alpha, beta, gamma = (
             np.full(len(source), value)
             for value in (levels.within.alpha, levels.within.beta, levels.within.gamma)
         )
         link = np.full(len(source), WITHIN)
+        across = np.flatnonzero(leaving)
         if len(across):
-            load = self._network.topology.load(source[across], destination[across])
-            alpha[across] = levels.across.alpha + load.switches * self._network.switch
-            beta[across] = levels.across.beta * load.slowdown
-            gamma[across] = levels.across.gamma
-            link[across] = len(PARTS) + load.kind
+            out = self._way_across(source[across], destination[across])
+            alpha[across], beta[across] = out.alpha, out.beta
+            gamma[across], link[across] = out.gamma, out.link
         return _Way(alpha, beta, gamma, link)
+
+    def _way_across(self, source: Ints, destination: Ints) -> _Way:
+        level = self._network.machine.across
+        load = self._network.topology.load(source, destination)
+        return _Way(
+            level.alpha + load.switches * self._network.switch,
+            level.beta * load.slowdown,
+            np.full(len(source), level.gamma),
+            len(PARTS) + load.kind,
+        )
 
     def _fare(self, some: Round, way: _Way) -> Fare:
         nbytes = some.units * self._chunk_bytes
@@ -112,29 +124,32 @@ class Fares:
         reduced = full + (segments - 2) * np.maximum(full, longest * gamma) + longest * gamma
         behind = (segments > 1) & (reduced > travelled)  # the receiver, with its reductions
         received = np.where(behind, reduced, travelled) + last * gamma
-        sender_parts = self._parts(way, segments * way.alpha, nbytes * way.beta)
-        receiver_parts = self._parts(
-            way,
-            np.where(behind, way.alpha, segments * way.alpha),
-            np.where(behind, longest * way.beta, nbytes * way.beta),
-        )
-        receiver_parts[:, REDUCTION] = received - receiver_parts.sum(axis=1)
-        return self._slowed(some.pairs, travelled, received, (sender_parts, receiver_parts))
+        parts = np.zeros((2 * len(way.link), len(self.parts)))
+        latency, bandwidth = segments * way.alpha, nbytes * way.beta
+        self._fill(parts[: len(way.link)], way, latency, bandwidth)
+        if behind.any():
+            latency = np.where(behind, way.alpha, latency)
+            bandwidth = np.where(behind, longest * way.beta, bandwidth)
+        receivers = parts[len(way.link) :]
+        self._fill(receivers, way, latency, bandwidth)
+        receivers[:, REDUCTION] = received - (latency + bandwidth)
+        if not self._any_slow:
+            return Fare(travelled, received, parts)
+        return self._slowed(some.pairs, travelled, received, parts)
 
-    def _parts(self, way: _Way, latency: Floats, bandwidth: Floats) -> Floats:
-        parts = np.zeros((len(way.link), len(self.parts)))
+    def _fill(
+        self, parts: Floats, way: _Way, latency: NDArray[Any], bandwidth: NDArray[Any]
+    ) -> None:
         parts[:, LATENCY] = latency
-        parts[np.arange(len(way.link)), way.link] = bandwidth
-        return parts
+        parts[self._numbers[: len(way.link)], way.link] = bandwidth
 
     def _slowed(
-        self, pairs: Pairs, sent: Any, received: NDArray[Any], parts: tuple[Floats, Floats]
+        self, pairs: Pairs, sent: NDArray[Any], received: NDArray[Any], parts: Floats
     ) -> Fare:
         """Return the fare with what stragglers add to it."""
         sender, receiver = self._slow[pairs.source], self._slow[pairs.destination]
         message = np.maximum(sender, receiver)
         more_sent = (message - 1) * sent
         more_received = (message - 1) * sent + (receiver - 1) * (received - sent)
-        for table, more in zip(parts, (more_sent, more_received), strict=True):
-            table[:, STRAGGLERS] = more
-        return Fare(sent + more_sent, received + more_received, np.concatenate(parts))
+        parts[:, STRAGGLERS] = np.concatenate((more_sent, more_received))
+        return Fare(sent + more_sent, received + more_received, parts)
