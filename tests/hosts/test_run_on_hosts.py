@@ -46,6 +46,7 @@ def test_results_and_errors(hosts, tmp_path, transport):
     )
     assert ended.status == 0, ended.stderr
     places = [("alpha", 0, 0, 33.0), ("alpha", 1, 1, 33.0), ("beta", 2, 0, 33.0)]
-    assert ended.stdout.splitlines()[0] == str(places), ended.stderr
+    said = [line for line in ended.stdout.splitlines() if "UCX" not in line]  # which may warn
+    assert said[0] == str(places), ended.stderr
     assert "rank 2 raised: " in ended.stdout
     assert "OverflowError: the loss of rank 2" in ended.stdout
