@@ -19,7 +19,6 @@ from tables import by_measurement, human_size, sizes_of
 
 from hvdkit.schedules.cost import log2_ceil
 from hvdkit.schedules.registry import ALGORITHMS
-from hvdkit.schedules.timing import in_flights
 from hvdkit.simulation.collective import simulate
 from hvdkit.simulation.network import Network
 from hvdkit.tuning import Tuning, load
@@ -139,12 +138,9 @@ def choices_of(results: Sequence[Result]) -> list[list[str]]:
 
 def simulated_seconds(estimates: Estimates, what: str, name: str, nbytes: int) -> float:
     """Return the seconds of a schedule as it is played on the ranks, and of the check before it."""
-    machine = estimates.levels.messages
-    if name == "all_pairs" and estimates.is_short(nbytes):
-        machine = in_flights(machine, estimates.size)
     network = Network(
         size=estimates.size,
-        machine=machine,
+        machine=estimates.messages(name, nbytes),
         segment_bytes=estimates.segment_bytes(nbytes),
     )
     check = estimates.levels.check[0] * log2_ceil(estimates.size)

@@ -127,15 +127,13 @@ class Estimates:
 
     def modelled(self, kind: str, name: str, nbytes: int) -> float:
         """Return the seconds by the model, with the check that the ranks agree."""
-        machine = self.levels.messages
+        machine = self.messages(name, nbytes)
         if name in ("shm", "hierarchical"):
             machine = self.levels.shared
         elif name == "gathered":
             within = self.levels.shared.within if self.nested else machine.within
             machine = Machine(within, machine.across)
             machine = _checking(machine, self.levels.check, nested=self.nested)
-        elif name == "all_pairs" and self.is_short(nbytes):
-            machine = in_flights(machine, self.size)
         seconds = predict(
             kind,
             name,
@@ -148,6 +146,12 @@ class Estimates:
         # Ranks on several nodes that expect a short all-reduce begin it without asking.
         expected = kind == "allreduce" and self.per_node < self.size and self.is_short(nbytes)
         return seconds + (0.0 if name in _CHECKED or expected else self._check_seconds())
+
+    def messages(self, name: str, nbytes: int) -> Machine:
+        """Return the machine as the messages of a schedule see it."""
+        if name == "all_pairs" and self.is_short(nbytes):
+            return in_flights(self.levels.messages, self.size)
+        return self.levels.messages
 
     def _check_seconds(self) -> float:
         """Return how long it takes the ranks to find that they agree."""
