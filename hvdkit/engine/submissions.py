@@ -114,6 +114,11 @@ class Submissions:
         with self._lock:
             return [use for uses in self._uses.values() for use in uses if use is not None]
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits for another rank."""
+        return not (self._uses or self._join or self.closing)
+
     def close(self) -> None:
         """Take nothing more."""
         with self._lock:

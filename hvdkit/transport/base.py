@@ -186,10 +186,11 @@ class Backoff:
     YIELDS = 200
     LONGEST_SLEEP = 1e-3
 
-    __slots__ = ("_looks", "_sleep", "abandoned", "spin", "stop")
+    __slots__ = ("_looks", "_sleep", "abandoned", "longest_sleep", "spin", "stop")
 
     def __init__(self, spin: int) -> None:
         self.spin = spin
+        self.longest_sleep = self.LONGEST_SLEEP
         self.stop: Exception | None = None
         """Set by another thread to end the wait: raised by whoever pauses."""
         self.abandoned: list[object] = []
@@ -211,8 +212,11 @@ class Backoff:
         if self._looks <= self.spin + self.YIELDS:
             self._yield()
             return
-        time.sleep(self._sleep)
-        self._sleep = min(self._sleep * 1.5, self.LONGEST_SLEEP)
+        self._nap(self._sleep)
+        self._sleep = min(self._sleep * 1.5, self.longest_sleep)
+
+    def _nap(self, seconds: float) -> None:
+        time.sleep(seconds)
 
     def _yield(self) -> None:
         os.sched_yield()

@@ -26,13 +26,17 @@ SECONDS = 20
 
 
 class Box:
-    """One rank's mail; `failing`, if set, is what its `receive` raises."""
+    """One rank's mail; `failing`, if set, is what its `receive` raises.
+
+    `patient` is whether whoever receives is, or was when last asked.
+    """
 
     def __init__(self, rank, boxes):
         self.rank, self.boxes = rank, boxes
         self.messages, self.woken = deque(), False
         self.changed = threading.Condition()
         self.failing = None
+        self.patient = False
 
     def send(self, destination, message):
         box = self.boxes[destination]
@@ -40,7 +44,8 @@ class Box:
             box.messages.append((self.rank, message))
             box.changed.notify()
 
-    def receive(self, timeout):
+    def receive(self, timeout, *, patient=False):
+        self.patient = patient
         if self.failing is not None:
             raise self.failing
         with self.changed:

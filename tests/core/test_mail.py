@@ -190,13 +190,48 @@ def test_no_time_at_all(mails):
     assert time.monotonic() - began < 0.5
 
 
-def test_another_thread_ends_the_sleep(mails):
+@pytest.mark.parametrize("patient", [False, True])
+def test_another_thread_ends_the_sleep(mails, patient):
     (box, _) = mails(2)
     timer = threading.Timer(0.05, box.wake)
     timer.start()
     began = time.monotonic()
-    assert box.receive(None) == []
+    assert box.receive(None, patient=patient) == []
     assert time.monotonic() - began < SECONDS / 2
+    timer.join()
+
+
+def test_one_who_is_patient_looks_less_often(monkeypatch):
+    """Each look takes the core from the ranks that share it."""
+    looks = {False: 0, True: 0}
+    (box, _) = message_mail(2)
+    monkeypatch.setattr(MessageMail, "PATIENCE", SECONDS)
+
+    def look():
+        looks[patient] += 1
+
+    monkeypatch.setattr(box._transport, "incoming", look)
+    for patient in looks:
+        box.receive(0.5, patient=patient)
+    assert looks[True] < looks[False] - 100  # of one each millisecond
+
+
+def test_what_comes_reaches_one_who_is_patient_too(mails):
+    boxes = mails(2)
+    timer = threading.Timer(0.05, boxes[1].send, (0, b"good morning"))
+    timer.start()
+    assert boxes[0].receive(None, patient=True) == [(1, b"good morning")]
+    timer.join()
+
+
+def test_a_wake_ends_a_long_nap_at_once(monkeypatch):
+    (box, _) = message_mail(2)
+    monkeypatch.setattr(MessageMail, "PATIENCE", SECONDS)
+    timer = threading.Timer(0.5, box.wake)
+    timer.start()
+    began = time.monotonic()
+    assert box.receive(None, patient=True) == []
+    assert time.monotonic() - began < 0.6
     timer.join()
 
 

@@ -19,6 +19,7 @@ from core.progress_jobs import (
     start,
     value_of,
 )
+from core.worlds import wait_until
 from hvdkit.dtypes import Adasum, Average, Max, Min, Product, Sum, bfloat16
 from hvdkit.errors import ArgumentError, MismatchError, UnsupportedError
 
@@ -39,6 +40,18 @@ def test_ranks_may_start_in_any_order(size, connect):
 
     with Job(size, connect=connect) as job:
         job.on_ranks(body)
+
+
+def test_mail_is_urgent_while_something_waits_for_other_ranks():
+    """Else it may be looked for less often, for the sake of what shares the core."""
+    with Job(2) as job:
+        box = job.boxes[1]
+        wait_until(lambda: box.patient)
+        handle = start(job, 1, "x")
+        wait_until(lambda: not box.patient)
+        start(job, 0, "x")
+        value_of(handle)
+        wait_until(lambda: box.patient)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import pytest
 
-from core.worlds import on_ranks
+from core.worlds import on_ranks, wait_until
 from hvdkit.engine import timeline
 from hvdkit.engine.timeline import Timeline, measure_offset, merge, part_path, remove_parts
 from hvdkit.errors import ArgumentError, HvdkitError
@@ -45,13 +45,6 @@ def events_of(path):
 
 def names_of(path):
     return [event["name"] for event in events_of(path)]
-
-
-def wait_until(condition):
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 # What a part holds

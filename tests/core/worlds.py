@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from hvdkit.collectives import frames
 from hvdkit.collectives.group import Group
 from hvdkit.native import Kernels, NumpyKernels, load, why_unavailable
 from hvdkit.transport.threads import ThreadTransport, ThreadWorld
@@ -57,3 +62,17 @@ def outcomes(size: int, body: Callable[[Group], Any]) -> list[Exception | None]:
         return None
 
     return in_group(size, catching)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Return when something has come true."""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def changes_of(state: NDArray[np.int64]) -> list[int]:
+    """Return the numbers that change with what is expected, of the state of frames."""
+    each = state[frames.COUNTS :].reshape(frames.MOST_EXPECTED, -1)
+    return [state.item(frames.CHANGES), *each[:, frames.VERSION].tolist()]

@@ -164,8 +164,8 @@ class Mesh:
         Raises:
             PeerError: there will be none.
         """
-        self.progress()
         with self.lock:
+            self._progress()
             found = self._matching.take(channel, source)
             error = self._why_not(source) if found is None else None
         if error is not None:
@@ -178,8 +178,8 @@ class Mesh:
         Raises:
             PeerError: a rank of the job is lost.
         """
-        self.progress()
         with self.lock:
+            self._progress()
             found = self._matching.first(channel)
             if found is None and self._failure and not self.closed:
                 raise PeerError(self._failure)
@@ -212,8 +212,11 @@ class Mesh:
     def progress(self) -> None:
         """Send and receive what can be now."""
         with self.lock:
-            if not self.closed:
-                self._serve(self._epoll.poll(0))
+            self._progress()
+
+    def _progress(self) -> None:
+        if not self.closed:
+            self._serve(self._epoll.poll(0))
 
     def sleep(self, seen: int) -> int:
         """Sleep until `moves` is no longer `seen`, but not for long.  Return `moves`."""
