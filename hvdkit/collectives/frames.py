@@ -49,14 +49,16 @@ MOST_EXPECTED = 4096
 
 
 #: What `Frames.state` holds: a number for the last two calls, after which others are expected, and
-#: the signature of the last, as signed integers; a number that changes with what is expected; how
-#: many calls were told of; and, from then on, a few counts for each two calls after which something
-#: is expected.  The native module knows these.
+#: the signature of the last, as signed integers; a number that changes with after which calls
+#: something is expected, and with what there is; how many calls were told of; and, from then on, a
+#: few counts for each two calls after which something is expected.  The native module knows these.
 LAST, LAST_CALL, CHANGES, TOLD, COUNTS = range(5)
 
-#: The counts after a call: whether the frame was longer than it had to be the last time, and how
-#: sure it is which way comes.  A call that comes natively resets both.
-IN_VAIN, SURE = range(2)
+#: The counts after a call: whether the frame was longer than it had to be the last time; how sure
+#: it is which way comes; and a number that changes with what is expected there.  A call that comes
+#: natively resets the first two.
+IN_VAIN, SURE, VERSION = range(3)
+_EACH = 3
 
 #: The call before the last one counts so many times in the number for both.  Any odd number that is
 #: large would do.
@@ -137,7 +139,7 @@ class Frames:
         size = transport.size
         self._usual = max(LEAST, min(FRAMES // size, MOST)) // _INT
         self._longest = LARGEST_FRAMES // size // _INT
-        self.state = np.zeros(COUNTS + 2 * MOST_EXPECTED, np.int64)
+        self.state = np.zeros(COUNTS + _EACH * MOST_EXPECTED, np.int64)
         self._following: dict[int, _Next] = {}
         self._begun = False
         """Whether what is expected was begun with, in vain."""
@@ -274,7 +276,7 @@ class Frames:
                 return
             if len(self._following) >= MOST_EXPECTED:
                 self._forget()
-            place = COUNTS + 2 * len(self._following)
+            place = COUNTS + _EACH * len(self._following)
             self._following[last] = _Next(wanted, place, way)
             self.state[place + SURE] = way is not None
             self.state[CHANGES] += 1
@@ -287,7 +289,7 @@ class Frames:
             following.length = min(before, self._usual)
         self.state[following.counts + IN_VAIN] = in_vain
         self._count(following, way)
-        self.state[CHANGES] += following.length != before
+        self.state[following.counts + VERSION] += following.length != before
 
     def _count(self, following: _Next, way: Hashable) -> None:
         """Note which way has come after a call."""
@@ -301,7 +303,7 @@ class Frames:
         else:
             following.way, sure = way, int(way is not None)
         self.state[place] = sure
-        self.state[CHANGES] += before != (sure >= EXPECTED)
+        self.state[following.counts + VERSION] += before != (sure >= EXPECTED)
 
     def _forget(self) -> None:
         self._following.clear()

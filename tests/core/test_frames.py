@@ -6,7 +6,7 @@ import pytest
 from hvdkit.collectives import frames
 from hvdkit.collectives.frames import Frames
 
-from .worlds import on_ranks
+from .worlds import changes_of, on_ranks
 
 NOTHING = np.empty(0, np.int64)
 
@@ -119,7 +119,7 @@ def test_another_call_at_the_end_of_a_loop_changes_nothing():
             made.gather(1, NOTHING)
             for _ in range(3):
                 made.gather(2, np.ones(1000, np.int64))
-            changes.append(made.state.item(frames.CHANGES))
+            changes.append(changes_of(made.state))
         return lengths[-8:], changes
 
     lengths, changes = on_ranks(2, body)[0]

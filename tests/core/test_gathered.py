@@ -6,6 +6,7 @@ import pytest
 from hvdkit import collectives, native
 from hvdkit.collectives import gathered
 from hvdkit.collectives.calls import Call
+from hvdkit.collectives.frames import CHANGES, COUNTS, LAST, VERSION
 from hvdkit.dtypes import DTYPES, ReduceOp
 from hvdkit.errors import ArgumentError, MismatchError
 from hvdkit.native import why_unavailable
@@ -94,6 +95,37 @@ def test_the_native_module_makes_what_comes_as_it_came(monkeypatch):
     in_group(2, loops)
     # In turn it comes after itself and after another call; both ways are known.
     assert len(python) <= 2 * 8
+
+    def sometimes(group):
+        for turn in range(24):
+            for _ in range(1 if turn % 3 else 5):
+                group.differs(Call("barrier", None))
+            if turn == 8:
+                python.clear()
+            for _ in range(5):
+                allreduce(group, np.ones(500, np.float32))
+
+    in_group(2, sometimes)
+    # After two barriers another comes, or this: to expect one of them anew concerns no other call.
+    assert len(python) <= 2 * 8
+
+
+@needs_native
+def test_what_is_no_longer_expected_is_not_made_natively():
+    from hvdkit.native import _native
+
+    made = _native.Recurring(lambda *_: 7, 5)
+    state = np.zeros(COUNTS + VERSION + 1, np.int64)
+    made.prepare(state, 0, COUNTS, True, lambda *_: True, lambda *_: 8)
+    assert made(1, 2) == 0
+    state[LAST] = 0
+    assert made(1, 2) == 0
+    state[[LAST, COUNTS + VERSION]] = 0, 1
+    assert made(1, 2) == 7
+    made.prepare(state, 0, COUNTS, True, lambda *_: False, lambda *_: 8)
+    assert made(1, 2) == 8, "which has taken the place of the other"
+    state[[LAST, CHANGES]] = 0, 1
+    assert made(1, 2) == 7
 
 
 @needs_native

@@ -9,7 +9,7 @@ import pytest
 
 from hvdkit import collectives
 from hvdkit.collectives import gathered, prepared, short
-from hvdkit.collectives.frames import CHANGES, Frames
+from hvdkit.collectives.frames import Frames
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.joining import serve_joined
 from hvdkit.dtypes import DTYPES, ReduceOp
@@ -22,7 +22,7 @@ from hvdkit.schedules.registry import ALGORITHMS
 from .nodes import on_nodes
 from .operands import operand, reductions
 from .tcp_worlds import on_tcp_ranks
-from .worlds import every_kernels, in_group
+from .worlds import changes_of, every_kernels, in_group
 
 LONG = 1 << 20
 """Segments so long that all short messages are prepared."""
@@ -175,7 +175,7 @@ def test_one_other_call_at_the_end_of_a_loop_changes_nothing(agreements):
             for _ in range(10):
                 assert (allreduce(group, np.ones(300)) == 2).all()
             barrier(group)
-            changes.append(group.frames.state.item(CHANGES))
+            changes.append(changes_of(group.frames.state))
         return changes
 
     changes = in_group(2, body, segment_bytes=LONG)[0]

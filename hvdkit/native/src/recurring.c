@@ -14,7 +14,7 @@
 
 /* What hvdkit.collectives.frames keeps in its `state`. */
 enum { LAST, LAST_CALL, CHANGES, TOLD, STATE }; /* and the counts after each two calls: */
-enum { IN_VAIN, SURE, COUNTS };
+enum { IN_VAIN, SURE, VERSION, COUNTS };
 enum { MOST_SURE = 8 };
 static const uint64_t BEFORE = 0x9e3779b97f4a7c15u;
 
@@ -27,8 +27,9 @@ typedef struct {
     PyObject *run;     /* (source, target) -> whether all ranks have made this call; NULL: no way */
     PyObject *differs; /* (source, target) -> status, where they have not */
     int64_t last;
-    size_t counts; /* where in the state those after it are; 0: nowhere */
-    int expected;  /* whether the state says how sure this way is */
+    size_t counts;   /* where in the state those after it are; 0: nowhere */
+    int64_t version; /* of what is expected there */
+    int expected;    /* whether the state says how sure this way is */
 } way;
 
 typedef struct {
@@ -50,9 +51,11 @@ static const way *known(const RecurringObject *self)
     const int64_t *state = self->state.buf;
     if (!self->prepared || state[CHANGES] != self->changes)
         return NULL;
-    for (size_t i = 0; i < WAYS; i++)
-        if (self->ways[i].run && self->ways[i].last == state[LAST])
-            return &self->ways[i];
+    for (size_t i = 0; i < WAYS; i++) {
+        const way *how = &self->ways[i];
+        if (how->run && how->last == state[LAST])
+            return how->counts && state[how->counts + VERSION] != how->version ? NULL : how;
+    }
     return NULL;
 }
 
@@ -138,6 +141,17 @@ static int begin(RecurringObject *self, PyObject *state)
     return 0;
 }
 
+/* Where a way is kept that comes after `last`: where another one was, if so. */
+static way *place_for(RecurringObject *self, int64_t last)
+{
+    for (size_t i = 0; i < WAYS; i++)
+        if (self->ways[i].run && self->ways[i].last == last)
+            return &self->ways[i];
+    way *how = &self->ways[self->next];
+    self->next = (self->next + 1) % WAYS;
+    return how;
+}
+
 static PyObject *prepare(RecurringObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     if (hv_arg_count("prepare", nargs, 6))
@@ -151,13 +165,13 @@ static PyObject *prepare(RecurringObject *self, PyObject *const *args, Py_ssize_
         PyErr_SetString(PyExc_ValueError, "the state has no such counts");
         return NULL;
     }
-    way *how = &self->ways[self->next];
-    self->next = (self->next + 1) % WAYS;
+    way *how = place_for(self, last);
     forget(how);
     *how = (way){ .run = Py_NewRef(args[4]),
                   .differs = Py_NewRef(args[5]),
                   .last = last,
                   .counts = counts,
+                  .version = counts ? ((const int64_t *)self->state.buf)[counts + VERSION] : 0,
                   .expected = expected };
     return Py_NewRef(Py_None);
 }
