@@ -38,11 +38,13 @@ LINKS = {
 DEFAULT_LINKS = ("100 Mbit/s", "1 Gbit/s", "unlimited", "1 Gbit/s + 1 ms")
 SHORT_LINKS = ("1 Gbit/s",)
 
-#: Hosts x ranks on each.
+#: Hosts x ranks on each, or the ranks of one host + those of another.
 LAYOUTS = {
     "2 x 1": "alpha:1,beta:1",
+    "2 + 1": "alpha:2,beta:1",
     "2 x 2": "alpha:2,beta:2",
     "3 x 1": "alpha:1,beta:1,gamma:1",
+    "3 x 2": "alpha:2,beta:2,gamma:2",
 }
 
 #: What hvdkit's messages go over.

@@ -12,6 +12,7 @@ do in their shared memory, without messages, may be above it.
 
 from __future__ import annotations
 
+import platform
 import time
 
 import numpy as np
@@ -67,10 +68,11 @@ def _add_up(parts: np.ndarray, total: np.ndarray) -> None:
 
 def message_roof(collective: str) -> Candidate:
     """Return one message each way, of the bytes that a collective must send.  Collective."""
-    nodes = hvd.cross_size() > 1
+    nodes = hvd.size() > hvd.local_size()
     takes_part = not nodes or hvd.local_rank() == 0
     comm = MPI.COMM_WORLD.Split(0 if takes_part else MPI.UNDEFINED)
-    node = MPI.COMM_WORLD.Split(hvd.cross_rank()) if nodes else MPI.COMM_SELF
+    hosts = MPI.COMM_WORLD.allgather(platform.node())
+    node = MPI.COMM_WORLD.Split(hosts.index(platform.node())) if nodes else MPI.COMM_SELF
 
     def prepare(nbytes: int) -> Prepared:
         if not takes_part:
