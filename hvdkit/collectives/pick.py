@@ -26,11 +26,10 @@ _ALLREDUCES = ("gathered", "hierarchical")
 GATHERED_AT_ALL = 4 * MIB
 
 #: Up to how many bytes an all-reduce is gathered: of all ranks together where they are on one
-#: node, and into one node from the others where they are not, which is few where a node's ranks
-#: could reduce theirs first.  Two ranks exchange as many bytes with any other algorithm.
+#: node, and into one node from the others where each has a node of its own; the ranks of a node
+#: reduce theirs first.  Two ranks exchange as many bytes with any other algorithm.
 GATHERED_WITHIN = 64 * KIB
 GATHERED_ACROSS = 8 * KIB
-GATHERED_NESTED = KIB
 GATHERED_BY_TWO = 64 * KIB
 
 #: What is taken for the links between nodes: seconds a step, seconds a message more that is in
@@ -142,12 +141,13 @@ def usual_across(nbytes: int, size: int, *, short: bool) -> str:
 
 def _gathers(nbytes: int, size: int, per_node: int) -> bool:
     """Return whether an all-reduce among ranks on several nodes, or on one (0), is gathered."""
+    if per_node > 1:
+        return False
     if size <= 2:
-        return nbytes <= (LARGEST_WHOLE if per_node == 1 else GATHERED_BY_TWO)
-    if not per_node:
-        return size * nbytes <= GATHERED_WITHIN
-    limit = GATHERED_ACROSS if per_node == 1 else GATHERED_NESTED
-    return per_node * (size - per_node) * nbytes <= limit
+        return nbytes <= (LARGEST_WHOLE if per_node else GATHERED_BY_TWO)
+    if per_node:
+        return (size - 1) * nbytes <= GATHERED_ACROSS
+    return size * nbytes <= GATHERED_WITHIN
 
 
 def pick(

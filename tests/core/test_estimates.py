@@ -168,7 +168,7 @@ def test_auto_over_several_nodes():
     how = {"size": 4, "no_arena": "several nodes", "no_hierarchy": "", "per_node": 2}
     tuned = Estimates(tuning((2, 2), allreduce=grid), 4, 2)
     assert pick_allreduce("auto", 4, estimates=tuned, **how) == "ring"
-    assert pick_allreduce("auto", 4, **how) == "gathered"
+    assert pick_allreduce("auto", 4, **how) == "hierarchical"
     assert pick_allreduce("hierarchical", 4, estimates=tuned, **how) == "hierarchical"
     flat = Estimates(tuning((1, 1, 1), allreduce={"tree": cells({4: 1e-5})}), 3, 1)
     assert pick_across(4, 3, flat) == "tree"

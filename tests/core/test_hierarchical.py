@@ -177,7 +177,7 @@ def test_auto_takes_it_where_ranks_share_nodes():
         return plan.algorithm, small.algorithm, str(group.hierarchy)
 
     assert set(on_nodes((2, 3), body, segment_bytes=65536)) == {
-        ("hierarchical", "gathered", "2 nodes, messages cut in 2 shards")
+        ("hierarchical", "hierarchical", "2 nodes, messages cut in 2 shards")
     }
 
 

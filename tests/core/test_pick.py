@@ -105,10 +105,7 @@ def test_auto_on_one_node_without_shared_memory(nbytes, size, wanted):
 @pytest.mark.parametrize(
     ("nbytes", "size", "per_node", "wanted"),
     [
-        (4, 4, 2, "gathered"),
-        (256, 4, 2, "gathered"),
-        (257, 4, 2, "hierarchical"),
-        (65, 8, 4, "hierarchical"),
+        (4, 4, 2, "hierarchical"),
         (64 * MIB, 3, 2, "hierarchical"),
         (12 * KIB, 2, 1, "gathered"),
         (12 * KIB + 1, 2, 1, "halving_doubling"),
