@@ -37,7 +37,7 @@ from hvdkit.transport.mpi import library_version
 TURN_SECONDS = 3e-3
 
 #: Turns of each candidate before those that count.
-WARM_UPS = 3
+WARM_UPS = 6
 
 #: Packages whose versions are shown with the figures.
 PACKAGES = ("numpy", "mpi4py", "torch", "tensorflow", "tensorflow-cpu", "keras", "horovod")
