@@ -109,13 +109,14 @@ bench-torch: BENCH_SCRIPT := torch_training
 bench-tensorflow: BENCH_SCRIPT := tensorflow_training
 
 # Between hosts that are network namespaces of this machine; needs root.  The names of links and of
-# layouts (hosts x ranks on each) have spaces, and semicolons between them; what there is, it says.
+# layouts (hosts x ranks on each, or ranks + ranks) have spaces, and semicolons between them; what there
+# is, it says.
 HOSTS_OPTIONS = $(if $(LINKS),--links '$(LINKS)') $(if $(LAYOUTS),--layouts '$(LAYOUTS)') \
     $(if $(TRANSPORTS),--transports $(TRANSPORTS))
 
 bench-hosts: $(VENV)/.installed
 	@test -z "$(RANKS)" || echo "ignored, as the layouts of the hosts say how many ranks there are: RANKS"
-	timeout 1800 $(BIN)/python benchmarks/hosts.py --out results/hosts.json $(BENCH_OPTIONS) \
+	timeout 3600 $(BIN)/python benchmarks/hosts.py --out results/hosts.json $(BENCH_OPTIONS) \
 	    $(HOSTS_OPTIONS) && \
 	    $(BIN)/python benchmarks/targets.py results hosts
 

@@ -1,6 +1,6 @@
 """All-reduce between hosts: links of several rates and delays, over MPI's messages and over TCP.
 
-    python benchmarks/hosts.py [--links "1 Gbit/s; unlimited"] [--layouts "2 x 2; 3 x 1"]
+    python benchmarks/hosts.py [--links "1 Gbit/s; unlimited"] [--layouts "2 x 2; 2 + 1"]
         [--sizes 4 1MiB] [--algorithms ring tree] [--out FILE.json]
 
 The hosts are namespaces on this machine (see tests/hosts/testbed), so their ranks share its cores,

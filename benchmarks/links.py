@@ -125,8 +125,9 @@ def show(results: list[Result]) -> None:
     figures = {(r.name, r.nbytes): r for r in results}
     sizes = sorted({r.nbytes for r in results})
     print(
-        "\nHosts x ranks on each; median times, and in parentheses how many times as fast as the "
-        "MPI library's\nown.  Roofs: the best that bare messages, and bare memory, could do."
+        "\nHosts x ranks on each, or ranks + ranks; median times, and in parentheses how many\n"
+        "times as fast as the MPI library's own.  Roofs: the best that bare messages, and bare "
+        "memory, could do."
     )
     print(f"\n| {results[0].what}, {results[0].mpi} | {' | '.join(map(human_size, sizes))} |")
     print(f"|---|{'---:|' * len(sizes)}")

@@ -49,16 +49,16 @@ MOST_EXPECTED = 4096
 
 
 #: What `Frames.state` holds: a number for the last two calls, after which others are expected, and
-#: the signature of the last, as signed integers; a number that changes with after which calls
-#: something is expected, and with what there is; how many calls were told of; and, from then on, a
-#: few counts for each two calls after which something is expected.  The native module knows these.
+#: the signature of the last, as signed integers; a number that changes when something is expected
+#: after two more calls, and when ways or frames come or go; how many calls were told of; and, from
+#: then on, a few counts for each two calls after which something is expected.  The native module
+#: knows these.
 LAST, LAST_CALL, CHANGES, TOLD, COUNTS = range(5)
 
 #: The counts after a call: whether the frame was longer than it had to be the last time; how sure
-#: it is which way comes; and a number that changes with what is expected there.  A call that comes
-#: natively resets the first two.
-IN_VAIN, SURE, VERSION = range(3)
-_EACH = 3
+#: it is which way comes; and a number that changes with what is expected there.  A gathered call
+#: that comes natively resets the first two.
+IN_VAIN, SURE, VERSION, _EACH = range(4)
 
 #: The call before the last one counts so many times in the number for both.  Any odd number that is
 #: large would do.

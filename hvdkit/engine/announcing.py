@@ -49,6 +49,13 @@ class Announcer:
         self._told: dict[int, Request] = {}  # what rank 0 knows, by signature
         self._regrouped = False
 
+    @property
+    def decides_for_others(self) -> bool:
+        """Whether ranks may wait for a decision of this one in which it takes no part."""
+        return self._coordinator is not None and not all(
+            self._rank in ranks for ranks in tuple(self._members.values())
+        )
+
     def announce(self, news: News) -> list[Decision]:
         """Tell rank 0 of what was submitted; on rank 0, decide."""
         if any(news):

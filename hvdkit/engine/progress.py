@@ -191,7 +191,8 @@ class Progress:
                 timeout = CLOSING_PACE
             if self._news or self._decided or self._may_leave():
                 timeout = 0.0
-            messages = self._mail.receive(timeout, patient=self._submissions.idle)
+            patient = self._submissions.idle and not self._announcer.decides_for_others
+            messages = self._mail.receive(timeout, patient=patient)
             self._asleep = False
             for source, message in messages:
                 self._deliver(source, pickle.loads(message))

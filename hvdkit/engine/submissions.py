@@ -114,17 +114,17 @@ class Submissions:
         with self._lock:
             return [use for uses in self._uses.values() for use in uses if use is not None]
 
-    @property
-    def idle(self) -> bool:
-        """Whether nothing waits for another rank."""
-        return not (self._uses or self._join or self.closing)
-
     def close(self) -> None:
         """Take nothing more."""
         with self._lock:
             self.closing = True
 
     # On the progress thread
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits for another rank."""
+        return not (self._uses or self._join or self.closing)
 
     def settle(self) -> None:
         """Let a burst of submissions go on for a moment, to announce it as one.

@@ -191,6 +191,7 @@ class Backoff:
     def __init__(self, spin: int) -> None:
         self.spin = spin
         self.longest_sleep = self.LONGEST_SLEEP
+        """Seconds."""
         self.stop: Exception | None = None
         """Set by another thread to end the wait: raised by whoever pauses."""
         self.abandoned: list[object] = []

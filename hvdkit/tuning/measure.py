@@ -31,8 +31,9 @@ TURN_SECONDS = 4e-3
 BUDGET = 0.5
 MOST_CALLS = 500
 
-#: Turns before those that count; one where a call takes so many times as long as a turn.
-WARM_UPS = 3
+#: Turns before those that count, in which ranks learn what to expect; one where a call takes so
+#: many times as long as a turn.
+WARM_UPS = 6
 LONG = 10
 
 #: Of a normal distribution: standard deviation over interquartile range, and standard error of the

@@ -180,7 +180,7 @@ def test_what_is_wrong_with_the_arguments_is_an_error():
     with pytest.raises(TypeError, match="takes 2 arguments"):
         made(1)
     assert made(1, 2) == 0, "nothing is prepared"
-    state = np.zeros(5, np.int64)
+    state = np.zeros(COUNTS + 2, np.int64)  # one less than counts have
     with pytest.raises(ValueError, match="no state"):
         made.prepare(state[:2], 0, 0, False, print, print)
     for counts, expected in ((4, False), (0, True)):

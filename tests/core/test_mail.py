@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hvdkit.transport import mail
+from hvdkit.transport.base import Backoff
 from hvdkit.transport.mail import MessageMail, PipeMail
 from hvdkit.transport.threads import ThreadTransport, ThreadWorld
 
@@ -212,7 +213,7 @@ def test_one_who_is_patient_looks_less_often(monkeypatch):
 
     monkeypatch.setattr(box._transport, "incoming", look)
     for patient in looks:
-        box.receive(0.5, patient=patient)
+        box.receive(1.0, patient=patient)
     assert looks[True] < looks[False] - 100  # of one each millisecond
 
 
@@ -225,13 +226,17 @@ def test_what_comes_reaches_one_who_is_patient_too(mails):
 
 
 def test_a_wake_ends_a_long_nap_at_once(monkeypatch):
+    def reset(naps):
+        Backoff.reset(naps)
+        naps._sleep = SECONDS
+
+    monkeypatch.setattr(mail._Naps, "reset", reset)
     (box, _) = message_mail(2)
-    monkeypatch.setattr(MessageMail, "PATIENCE", SECONDS)
-    timer = threading.Timer(0.5, box.wake)
+    timer = threading.Timer(0.2, box.wake)
     timer.start()
     began = time.monotonic()
     assert box.receive(None, patient=True) == []
-    assert time.monotonic() - began < 0.6
+    assert time.monotonic() - began < SECONDS / 2
     timer.join()
 
 

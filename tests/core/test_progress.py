@@ -54,6 +54,15 @@ def test_mail_is_urgent_while_something_waits_for_other_ranks():
         wait_until(lambda: box.patient)
 
 
+def test_rank_0_is_urgent_for_ranks_that_wait_for_its_decision_alone():
+    with Job(3, sets=[(1, 2)]) as job:
+        wait_until(lambda: job.boxes[1].patient and job.boxes[2].patient)
+        for turn in range(3):
+            handles = [start(job, rank, f"x{turn}", number=1) for rank in (1, 2)]
+            assert [value_of(handle) for handle in handles] == [3, 3]
+            assert not job.boxes[0].patient
+
+
 @pytest.mark.parametrize(
     ("op", "wanted"), [(Sum, 6), (Average, 2), (Min, 1), (Max, 3), (Product, 6)], ids=str
 )

@@ -111,9 +111,9 @@ def test_candidates_take_turns_and_the_slowest_rank_counts():
     found = measure(calls, ranks, turns=11)
     assert [name for name, timing in found.items() if timing.seconds > 1e-3] == ["a", "b"]
     turns = "".join(part[0] for part in "".join(made).split("|") if part)
-    assert turns[:6] == "aaabbb"  # warmed up
-    assert len(turns) == 6 + 2 * 11
-    assert {turns[at : at + 2] for at in range(6, len(turns), 2)} == {"ab", "ba"}
+    assert turns[:12] == "aaaaaabbbbbb"  # warmed up
+    assert len(turns) == 12 + 2 * 11
+    assert {turns[at : at + 2] for at in range(12, len(turns), 2)} == {"ab", "ba"}
 
 
 def test_slow_first_calls_do_not_make_turns_short():
