@@ -36,7 +36,7 @@ from hvdkit.transport.mpi import library_version
 
 TURN_SECONDS = 3e-3
 
-#: Turns of each candidate before those that count.
+#: Turns of each candidate before those that count, in which ranks learn what to expect.
 WARM_UPS = 6
 
 #: Packages whose versions are shown with the figures.

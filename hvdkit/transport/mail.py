@@ -238,7 +238,8 @@ class MessageMail:
     """Mail over a transport of its own.
 
     Between nodes there is nothing to sleep on: while it waits, it looks once a millisecond.  Each
-    look costs whoever shares the core 20 us and more; so one who is patient looks less often.
+    look takes the core, and the transport, from a thread that reduces; so one who is patient looks
+    once in `PATIENCE` seconds.
     """
 
     PATIENCE = 10e-3

@@ -161,8 +161,8 @@ static PyObject *prepare(RecurringObject *self, PyObject *const *args, Py_ssize_
     const int expected = PyObject_IsTrue(args[3]); /* then there are counts */
     if (PyErr_Occurred() || begin(self, args[0]))
         return NULL;
-    const size_t length = (size_t)self->state.len / sizeof(int64_t);
-    if ((expected && !counts) || (counts && (length < COUNTS || counts > length - COUNTS))) {
+    const size_t length = (size_t)self->state.len / sizeof(int64_t); /* STATE and more */
+    if ((expected && !counts) || counts > length - COUNTS) {
         PyErr_SetString(PyExc_ValueError, "the state has no such counts");
         return NULL;
     }
