@@ -17,7 +17,6 @@ from plots import PREDICTED, Series, times_of
 from records import PREDICTION, Result, Run, plain_name
 from tables import by_measurement, human_size, sizes_of
 
-from hvdkit.schedules.cost import log2_ceil
 from hvdkit.schedules.registry import ALGORITHMS
 from hvdkit.simulation.collective import simulate
 from hvdkit.simulation.network import Network
@@ -143,8 +142,8 @@ def simulated_seconds(estimates: Estimates, what: str, name: str, nbytes: int) -
         machine=estimates.messages(name, nbytes),
         segment_bytes=estimates.segment_bytes(nbytes),
     )
-    check = estimates.levels.check[0] * log2_ceil(estimates.size)
-    return simulate(name, nbytes, network, collective=what).seconds + check
+    seconds = simulate(name, nbytes, network, collective=what).seconds
+    return seconds + estimates.check_seconds()
 
 
 def errors_of(results: Sequence[Result], estimates: Estimates) -> list[list[str]]:

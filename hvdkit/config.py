@@ -37,6 +37,10 @@ NOT_CONFIGURATION = frozenset(
 SEGMENT_BYTES = 512 * KIB
 BUCKET_BYTES = 25 * MIB
 
+#: Up to this many ranks everyone writes to everyone where a few bytes are gathered: one wait, of
+#: which Bruck's algorithm has log2 p.
+DIRECT_RANKS = 8
+
 #: Bytes of a segment between nodes where an MPI library's messages go over sockets: longer ones it
 #: asks the receiver for first, and waits; on a link of 1 Gbit/s that takes 1.6 times as long.
 SEGMENT_OVER_SOCKETS = 32 * KIB

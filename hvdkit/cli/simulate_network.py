@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from hvdkit.cli.units import parse_rate, parse_seconds, parse_share, parse_size
@@ -124,7 +125,8 @@ def machine_of(args: argparse.Namespace) -> Machine:
             gamma=known.gamma if args.reduction is None else 1 / args.reduction,
         )
 
-    return Machine(
+    return replace(
+        usual,
         within=level(usual.within, args.within_latency, args.within_bandwidth),
         across=level(usual.across, args.latency, args.bandwidth),
     )

@@ -12,8 +12,8 @@ from hvdkit.config import KIB, MIB
 from hvdkit.errors import ArgumentError
 from hvdkit.schedules.all_pairs import all_pairs_flights
 from hvdkit.schedules.flights import LONGEST, MOST_AT_ONCE
+from hvdkit.schedules.machine import AT_ONCE
 from hvdkit.schedules.registry import ALGORITHMS
-from hvdkit.schedules.timing import AT_ONCE
 from hvdkit.tuning.estimates import Estimates
 
 #: The ranks' shared memory, and the MPI library's own collective.

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+#: What is taken for `Machine.at_once` where nobody has measured it.
+AT_ONCE = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class Level:
@@ -31,10 +34,12 @@ class Machine:
     Args:
         within: between ranks of one node.
         across: between ranks of different nodes.
+        at_once: what a message costs that is in flight with another one, of alpha.
     """
 
     within: Level
     across: Level
+    at_once: float = AT_ONCE
 
 
 #: What is taken for a machine that nobody has measured: shared memory, and a link of 10 Gbit/s.

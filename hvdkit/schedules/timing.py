@@ -17,16 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from hvdkit.config import SEGMENT_BYTES
+from hvdkit.config import DIRECT_RANKS, SEGMENT_BYTES
 from hvdkit.errors import ArgumentError
 from hvdkit.schedules.all_pairs import all_pairs_flights
 from hvdkit.schedules.cost import log2_ceil, log2_floor
 from hvdkit.schedules.double_tree import double_tree_cost
 from hvdkit.schedules.flights import is_short
 from hvdkit.schedules.machine import USUAL, Level, Machine
-
-#: What a message costs that is in flight with another one, of what it costs alone.
-AT_ONCE = 0.1
 
 #: What shared memory serves.
 _ALL = ("allreduce", "allgather", "reducescatter", "broadcast", "alltoall", "barrier")
@@ -97,8 +94,11 @@ def predict(
         return _shared(collective, place, machine.within)
     if (collective, algorithm) == ("allreduce", "hierarchical"):
         return _hierarchical(place, machine)
-    if (collective, algorithm) == ("allreduce", "gathered") and 1 < per_node < size:
-        return _gathered_nodewise(place, machine)
+    if (collective, algorithm) == ("allreduce", "gathered"):
+        if 1 < per_node < size:
+            return _gathered_nodewise(place, machine)
+        if size <= DIRECT_RANKS:
+            machine = _together(machine, size - 1, flights=1)
     steps = _STEPS.get((collective, algorithm))
     if steps is None:
         raise ArgumentError(f"no formula for the time of {collective} by {algorithm!r}")
@@ -110,12 +110,28 @@ def in_flights(machine: Machine, size: int) -> Machine:
 
     So they are where messages are short: see `hvdkit.schedules.flights`.
     """
-    messages, flights = 2 * max(size - 1, 1), all_pairs_flights(size)
-    share = (flights + AT_ONCE * (messages - flights)) / messages
+    return _together(machine, 2 * max(size - 1, 1), all_pairs_flights(size))
+
+
+def gathering_waits(size: int, at_once: float) -> float:
+    """Return the seconds in which a few bytes of all ranks are gathered, in alphas of a message.
+
+    Args:
+        size: number of ranks.
+        at_once: as `Machine` has it.
+    """
+    if size <= DIRECT_RANKS:
+        return min(size - 1, 1) + at_once * max(size - 2, 0)
+    return log2_ceil(size)
+
+
+def _together(machine: Machine, messages: int, flights: int) -> Machine:
+    """Return the machine as messages see it, of which all but one a flight are beside another."""
+    share = (flights + machine.at_once * (messages - flights)) / messages
     within, across = (
         replace(level, alpha=share * level.alpha) for level in (machine.within, machine.across)
     )
-    return Machine(within, across)
+    return replace(machine, within=within, across=across)
 
 
 def message_seconds(nbytes: float, level: Level, segment_bytes: int, *, reduces: bool) -> float:
@@ -160,10 +176,10 @@ def _hierarchical(place: _Place, machine: Machine) -> float:
     within = replace(place, size=place.per_node)
     shard = place.nbytes / place.per_node
     shared = replace(machine.across, beta=machine.across.beta * place.per_node)
-    plainly = Machine(within=shared, across=shared)
+    plainly = replace(machine, within=shared, across=shared)
     ways = dict.fromkeys(("ring", "halving_doubling", "recursive_doubling"), plainly)
     if is_short(shard, place.segment_bytes):
-        ways["all_pairs"] = in_flights(plainly, nodes)
+        ways |= {"gathered": plainly, "all_pairs": in_flights(plainly, nodes)}
     across = min(
         predict(
             "allreduce",
@@ -287,6 +303,9 @@ def _around(place: _Place, offset: int) -> int:
 
 
 def _gathered(place: _Place) -> Iterator[_Steps]:
+    if place.size <= DIRECT_RANKS:
+        yield from _pairwise(replace(place, nbytes=place.nbytes * place.size), reduces=True)
+        return
     for exponent in range(log2_ceil(place.size)):
         rows = min(1 << exponent, place.size - (1 << exponent))
         yield _Steps(1, place.nbytes * rows, True, _around(place, 1 << exponent), around=True)

@@ -15,6 +15,7 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from hvdkit.config import DIRECT_RANKS
 from hvdkit.dtypes import ReduceOp, bfloat16
 from hvdkit.errors import UnsupportedError
 from hvdkit.native import persistent
@@ -31,9 +32,6 @@ from hvdkit.transport.base import (
 from hvdkit.transport.device import DeviceArray, Memory
 
 T = TypeVar("T")
-
-#: Up to this many ranks everyone writes to everyone where a small all-gather is prepared.
-FEW = 8
 
 #: Bytes of such a message, at most: what libraries send at once, without asking whether the
 #: receiver is ready.
@@ -290,7 +288,7 @@ class MPITransport:
         return gathered
 
     def prepare_allgather(self, rows: NDArray[np.int64]) -> Prepared:
-        if self.size > FEW:
+        if self.size > DIRECT_RANKS:
             return GeneralAllgather(self, rows)
         return self.prepare_exchange(*exchanged_rows(rows, self.rank), self.backoff)
 

@@ -14,9 +14,8 @@ from hvdkit.collectives.group import Group
 from hvdkit.collectives.program import even_bounds
 from hvdkit.config import KIB, MIB, SEGMENT_BYTES
 from hvdkit.dtypes import Sum
-from hvdkit.schedules.cost import log2_ceil
-from hvdkit.schedules.machine import Level, Machine
-from hvdkit.schedules.timing import predict
+from hvdkit.schedules.machine import AT_ONCE, Level, Machine
+from hvdkit.schedules.timing import gathering_waits, in_flights, predict
 from hvdkit.tuner.bench import LONGEST_CALL, Bench, elements, nothing
 from hvdkit.tuning.fit import Fit, Observation, fit
 from hvdkit.tuning.record import USUAL_LEVELS, Levels
@@ -32,6 +31,9 @@ SCHEDULES = (
     ("allreduce", "halving_doubling"),
     ("allgather", "ring"),
 )
+
+#: The schedule most of whose messages are in flight with others.
+_FLIES = "all_pairs"
 
 _CHECK = "check"
 
@@ -67,6 +69,15 @@ class _Reduce:
         return self.nbytes * level.gamma
 
 
+@dataclass(frozen=True, slots=True)
+class _Messages:
+    """What messages cost among some ranks: the fit to schedules, and the rest of `Levels`."""
+
+    fit: Fit
+    check: float
+    at_once: float
+
+
 def measure_levels(bench: Bench) -> tuple[Levels, dict[str, Fit]]:
     """Return the levels, and how well each was fitted, by name.  Collective."""
     nodes = bench.context.nodes
@@ -75,15 +86,17 @@ def measure_levels(bench: Bench) -> tuple[Levels, dict[str, Fit]]:
     levels = replace(USUAL_LEVELS, memory=None)
     fits: dict[str, Fit] = {}
     if len(node) > 1:
-        fits["within"], check = _messages(bench, "within a node", node, reduced)
-        levels = replace(levels, within=fits["within"].level, check=(check, levels.check[1]))
+        found = _messages(bench, "within a node", node, reduced)
+        fits["within"], check = found.fit, (found.check, levels.check[1])
+        levels = replace(levels, within=found.fit.level, check=check, at_once=found.at_once)
         shared = list(_shared(bench, node))
         if shared:
             fits["memory"] = fit([*shared, *reduced], levels.within)
             levels = replace(levels, memory=fits["memory"].level)
     if len(leaders) > 1:
-        fits["across"], check = _messages(bench, "across nodes", leaders, reduced)
-        levels = replace(levels, across=fits["across"].level, check=(levels.check[0], check))
+        found = _messages(bench, "across nodes", leaders, reduced)
+        fits["across"], check = found.fit, (levels.check[0], found.check)
+        levels = replace(levels, across=found.fit.level, check=check, at_once=found.at_once)
     return levels, fits
 
 
@@ -99,8 +112,8 @@ def _reduced(bench: Bench) -> Iterator[Observation]:
 
 def _messages(
     bench: Bench, label: str, ranks: Sequence[int], reduced: list[Observation]
-) -> tuple[Fit, float]:
-    """Return the fit to schedules among `ranks`, and the seconds of a round of the check."""
+) -> _Messages:
+    """Return what messages among `ranks` cost."""
     observations = list(reduced)
     segment_bytes = bench.world.group.estimates.usual_segment
     with bench.messages(ranks, segment_bytes) as group:
@@ -117,7 +130,33 @@ def _messages(
             for (kind, name), timing in zip(SCHEDULES, times.values(), strict=True):
                 model = _Model(kind, name, nbytes, len(ranks), segment_bytes)
                 observations.append(Observation(timing.seconds, model))
-    return fit(observations, USUAL_LEVELS.within), found.seconds / log2_ceil(len(ranks))
+        few = _schedule(group, "allreduce", _FLIES, SIZES[0])
+        flying = bench.measure(f"messages {label} at once", {_FLIES: few})[_FLIES]
+    fitted = fit(observations, USUAL_LEVELS.within)
+    at_once = share_at_once(flying.seconds, fitted.level, len(ranks), segment_bytes)
+    waits = gathering_waits(len(ranks), at_once)
+    return _Messages(fitted, found.seconds / waits, at_once)
+
+
+def share_at_once(seconds: float, level: Level, size: int, segment_bytes: int) -> float:
+    """Return what a message costs beside another one, of alpha, from 0 to 1.
+
+    Args:
+        seconds: of an all-reduce of `SIZES[0]` bytes by all pairs.
+        level: what messages cost one after the other.
+        size: number of ranks; where they are two, none has another message beside.
+        segment_bytes: of a message, at most.
+    """
+
+    def modelled(at_once: float) -> float:
+        machine = in_flights(Machine(level, level, at_once), size)
+        how: dict[str, Any] = {"machine": machine, "segment_bytes": segment_bytes}
+        return predict("allreduce", _FLIES, SIZES[0], size, **how)
+
+    free, full = modelled(0.0), modelled(1.0)
+    if full <= free:
+        return AT_ONCE  # no two messages of two ranks are in flight together
+    return min(max((seconds - free) / (full - free), 0.0), 1.0)
 
 
 def _schedule(group: Group | None, kind: str, name: str, nbytes: int) -> Callable[[], object]:

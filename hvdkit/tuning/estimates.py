@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 
 from hvdkit.config import SEGMENT_BYTES
 from hvdkit.schedules import flights
-from hvdkit.schedules.cost import log2_ceil
 from hvdkit.schedules.machine import Machine
-from hvdkit.schedules.timing import in_flights, predict
+from hvdkit.schedules.timing import gathering_waits, in_flights, predict
 from hvdkit.tuning.record import USUAL_LEVELS, Cell, Tuning
 
 #: The default stays if what seems better is so by less than this share of its time: measured, and
@@ -128,12 +127,8 @@ class Estimates:
     def modelled(self, kind: str, name: str, nbytes: int) -> float:
         """Return the seconds by the model, with the check that the ranks agree."""
         machine = self.messages(name, nbytes)
-        if name in ("shm", "hierarchical"):
+        if name in ("shm", "hierarchical") or (name == "gathered" and self.nested):
             machine = self.levels.shared
-        elif name == "gathered":
-            within = self.levels.shared.within if self.nested else machine.within
-            machine = Machine(within, machine.across)
-            machine = _checking(machine, self.levels.check, nested=self.nested)
         seconds = predict(
             kind,
             name,
@@ -145,7 +140,7 @@ class Estimates:
         )
         # Ranks on several nodes that expect a short all-reduce begin it without asking.
         expected = kind == "allreduce" and self.per_node < self.size and self.is_short(nbytes)
-        return seconds + (0.0 if name in _CHECKED or expected else self._check_seconds())
+        return seconds + (0.0 if name in _CHECKED or expected else self.check_seconds())
 
     def messages(self, name: str, nbytes: int) -> Machine:
         """Return the machine as the messages of a schedule see it."""
@@ -153,12 +148,15 @@ class Estimates:
             return in_flights(self.levels.messages, self.size)
         return self.levels.messages
 
-    def _check_seconds(self) -> float:
+    def check_seconds(self) -> float:
         """Return how long it takes the ranks to find that they agree."""
         if not self.nested:
-            return self.levels.check[self.per_node < self.size] * log2_ceil(self.size)
+            return self.levels.check[self.per_node < self.size] * self._waits(self.size)
         nodes = -(-self.size // self.per_node)
-        return self.levels.check[1] * log2_ceil(nodes) + 2 * self.levels.shared.within.alpha
+        return self.levels.check[1] * self._waits(nodes) + 2 * self.levels.shared.within.alpha
+
+    def _waits(self, size: int) -> float:
+        return gathering_waits(size, self.levels.at_once)
 
     def is_short(self, nbytes: int) -> bool:
         """Return whether a message of so many bytes is not worth cutting in segments."""
@@ -196,9 +194,3 @@ class Estimates:
         seconds = low.seconds ** (1 - share) * high.seconds**share
         margin = max(low.margin / low.seconds, high.margin / high.seconds) * seconds
         return Estimate(seconds, margin, MEASURED)
-
-
-def _checking(machine: Machine, check: tuple[float, float], *, nested: bool) -> Machine:
-    """Return the machine as the messages of the ranks' check see it."""
-    within = machine.within if nested else replace(machine.within, alpha=check[0])
-    return Machine(within=within, across=replace(machine.across, alpha=check[1]))

@@ -17,7 +17,7 @@ from hvdkit.schedules.machine import Level
 from hvdkit.tuning.record import Cell, Grid, Levels, Tuning, World, names
 
 FORMAT = "hvdkit tuning"
-VERSION = 1
+VERSION = 2
 
 #: How a tuning is made.
 COMMAND = "mpirun -n {ranks} python -m hvdkit tune"
@@ -129,6 +129,7 @@ def _tuning(data: Any, where: str) -> Tuning:
             within=_level(_take(levels, "within", inside, dict), f"{inside}.within"),
             across=_level(_take(levels, "across", inside, dict), f"{inside}.across"),
             check=_pair(_take(levels, "check", inside, list), f"{inside}.check", _figure),
+            at_once=_figure(levels.get("at_once"), f"{inside}.at_once"),
         ),
         margins={
             key: _level(margin, f"{where}.margins.{key}")
@@ -249,6 +250,7 @@ def _plain(tuning: Tuning) -> dict[str, Any]:
         "levels": {
             **{name: _rounded(level) for name, level in parts.items() if level is not None},
             "check": [_round(seconds) for seconds in levels.check],
+            "at_once": _round(levels.at_once),
         },
         "margins": {name: _rounded(margin) for name, margin in tuning.margins.items()},
         "segments": [list(pair) for pair in tuning.segments],

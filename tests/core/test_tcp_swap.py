@@ -33,7 +33,7 @@ def swapped(t, rows, made, turn):
     return bool((rows == wanted).all())
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("length", [1, 9, 4 * KIB, 512 * KIB], ids=str)
 @pytest.mark.parametrize("spin", [0, 2000])
 def test_rows_are_exchanged_again_and_again(size, length, spin):
@@ -181,4 +181,4 @@ def test_many_ranks_have_another_way():
         assert not isinstance(made, Swap)
         return swapped(t, rows, made, 0)
 
-    assert all(on_tcp_ranks(5, body))
+    assert all(on_tcp_ranks(9, body))

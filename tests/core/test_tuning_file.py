@@ -63,8 +63,8 @@ DAMAGES = {
     "another file": (lambda: '{"scripts": {}}', 'no tuning file of hvdkit: it lacks "format"'),
     "a list": (lambda: "[1, 2]", "is no tuning file of hvdkit"),
     "newer": (
-        lambda: damaged(lambda data, _: data.update(version=2)),
-        "has version 2, and this hvdkit reads 1",
+        lambda: damaged(lambda data, _: data.update(version=3)),
+        "has version 3, and this hvdkit reads 2",
     ),
     "no entries": (lambda: damaged(lambda data, _: data.pop("entries")), "entries is missing"),
     "entries no list": (

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from hvdkit.errors import ArgumentError
-from hvdkit.schedules.machine import Level, Machine
-from hvdkit.schedules.timing import predict
+from hvdkit.schedules.machine import AT_ONCE, Level, Machine
+from hvdkit.schedules.timing import in_flights, predict
+from hvdkit.tuner.levels import SIZES, share_at_once
 from hvdkit.tuning.fit import Observation, fit
 from hvdkit.tuning.measure import Ranks, measure, timing
 
@@ -135,3 +136,16 @@ def test_figures_that_another_fit_found_to_be_0_are_a_place_to_begin(start):
     assert found.level.alpha == pytest.approx(true.alpha, rel=1e-2)
     assert found.level.beta == pytest.approx(true.beta, rel=1e-2)
     assert found.level.gamma == pytest.approx(true.gamma, rel=5e-2)
+
+
+@pytest.mark.parametrize("size", [3, 4, 5])
+@pytest.mark.parametrize(("share", "found"), [(0.0, 0.0), (0.3, 0.3), (1.0, 1.0), (1.5, 1.0)])
+def test_what_a_message_costs_beside_another_is_found_by_all_pairs(size, share, found):
+    level = Level(30e-6, 8e-9, 1e-10)
+    seen = in_flights(Machine(level, level, share), size)
+    seconds = predict("allreduce", "all_pairs", SIZES[0], size, machine=seen)
+    assert share_at_once(seconds, level, size, 512 * KIB) == pytest.approx(found)
+
+
+def test_two_ranks_have_no_message_beside_another():
+    assert share_at_once(1.0, Level(30e-6, 8e-9, 1e-10), 2, 512 * KIB) == AT_ONCE

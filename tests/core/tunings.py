@@ -25,6 +25,7 @@ LEVELS = Levels(
     within=Level(15e-6, 1e-10, 3e-11),
     across=Level(60e-6, 8e-9, 3e-11),
     check=(1e-5, 4e-5),
+    at_once=0.25,
 )
 
 

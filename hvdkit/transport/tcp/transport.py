@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from hvdkit.config import DIRECT_RANKS
 from hvdkit.native import why_unavailable
 from hvdkit.transport.base import (
     Backoff,
@@ -32,9 +33,6 @@ from hvdkit.transport.tcp.mesh import Mesh
 from hvdkit.transport.tcp.swap import Swap
 
 T = TypeVar("T")
-
-#: Up to this many ranks everyone writes to everyone, at one latency; beyond, Bruck's algorithm.
-_FEW = 4
 
 _LENGTH = struct.Struct("<Q")
 
@@ -187,7 +185,7 @@ class TCPTransport:
         return np.frombuffer(b"".join(blocks), np.int64).reshape(self.size, len(values)).copy()
 
     def prepare_allgather(self, rows: NDArray[np.int64]) -> Prepared:
-        if not 1 < self.size <= _FEW or why_unavailable() is not None:
+        if not 1 < self.size <= DIRECT_RANKS or why_unavailable() is not None:
             return GeneralAllgather(self, rows)
         return self.prepare_exchange(*exchanged_rows(rows, self.rank), self.backoff)
 
@@ -227,7 +225,7 @@ class TCPTransport:
 
     def _allgather(self, mine: bytes) -> list[bytes]:
         """Return the block of bytes of every rank."""
-        if self.size <= _FEW:
+        if self.size <= DIRECT_RANKS:
             return self._allgather_directly(mine)
         # [Bruck et al. 1997]: blocks of the ranks that follow, twice as many after each step.
         blocks, distance = [mine], 1
