@@ -15,6 +15,7 @@ from hvdkit.collectives.group import Group
 from hvdkit.collectives.learning import ask_from_now_on, with_lengths
 from hvdkit.collectives.pick import pick
 from hvdkit.collectives.repeat import Remember, Repeat
+from hvdkit.collectives.scheduled import run_schedule
 from hvdkit.dtypes import check_supported, exported
 from hvdkit.errors import HvdkitError
 from hvdkit.transport.device import Memory
@@ -110,7 +111,7 @@ def allgather(
             assert isinstance(mine, np.ndarray)
             start = sum(counts[: group.rank])
             everything[start : start + mine.size] = mine
-            group.run_schedule("allgather", layout.algorithm, everything, counts=counts)
+            run_schedule(group, "allgather", layout.algorithm, everything, counts=counts)
         group.record(call, layout.algorithm, out.nbytes, began)
         return out
 

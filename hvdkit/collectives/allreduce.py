@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from hvdkit.collectives.adasum import adasum
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.reduction import Reduction, plan_reduction
+from hvdkit.collectives.scheduled import run_schedule
 from hvdkit.dtypes import ReduceOp, exported
 from hvdkit.errors import ArgumentError
 from hvdkit.transport.device import DeviceArray
@@ -91,7 +92,7 @@ def _allreduce_flat(
     if plan.algorithm == "mpi":
         group.library().library_allreduce(data, plan.op)
     else:
-        group.run_schedule("allreduce", plan.algorithm, data, op=plan.op)
+        run_schedule(group, "allreduce", plan.algorithm, data, op=plan.op)
     plan.finish(group, data)
 
 

@@ -16,6 +16,7 @@ from hvdkit.collectives.group import Group
 from hvdkit.collectives.learning import ask_from_now_on, with_lengths
 from hvdkit.collectives.pick import pick
 from hvdkit.collectives.repeat import Remember, Repeat
+from hvdkit.collectives.scheduled import run_schedule
 from hvdkit.dtypes import check_supported, exported
 from hvdkit.errors import ArgumentError, HvdkitError
 
@@ -149,7 +150,8 @@ def _exchange(
     begin, start = sum(incoming[: group.rank]), sum(outgoing[: group.rank])
     own = outgoing[group.rank]
     received[begin : begin + own] = sent[start : start + own]
-    group.run_schedule(
+    run_schedule(
+        group,
         "alltoall",
         layout.algorithm,
         received,

@@ -7,6 +7,7 @@ import numpy as np
 from hvdkit.collectives.calls import Call
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.pick import pick
+from hvdkit.collectives.scheduled import run_schedule
 from hvdkit.dtypes import ReduceOp
 from hvdkit.errors import HvdkitError
 
@@ -38,5 +39,5 @@ def barrier(group: Group, *, name: str | None, algorithm: str) -> None:
         if way == "mpi":
             group.library().library_barrier()
         else:
-            group.run_schedule("barrier", way, np.zeros(1, np.uint8), op=ReduceOp.MAX)
+            run_schedule(group, "barrier", way, np.zeros(1, np.uint8), op=ReduceOp.MAX)
     group.record(call, way, 0, began)

@@ -8,6 +8,7 @@ from hvdkit.collectives.calls import Call
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.pick import pick
 from hvdkit.collectives.repeat import Remember, Repeat
+from hvdkit.collectives.scheduled import run_schedule
 from hvdkit.dtypes import check_supported, exported
 from hvdkit.errors import ArgumentError, HvdkitError
 from hvdkit.transport.device import Memory
@@ -62,7 +63,7 @@ def broadcast(
     else:
         assert isinstance(data, np.ndarray)
         group.agree(call)
-        group.run_schedule("broadcast", way, data.reshape(-1).view(np.uint8), root=root)
+        run_schedule(group, "broadcast", way, data.reshape(-1).view(np.uint8), root=root)
     group.record(call, way, data.nbytes, began)
 
 

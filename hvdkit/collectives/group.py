@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,7 @@ from hvdkit.collectives.calls import JOIN, JOINABLE, Call, joined_error, mismatc
 from hvdkit.collectives.executor import Executor
 from hvdkit.collectives.frames import TOLD, Frames, Prepare
 from hvdkit.collectives.pick import NO_HIERARCHY
-from hvdkit.collectives.prepared import PreparedSchedule, PreparedWays
-from hvdkit.collectives.program import Move, bounds_of, even_bounds, lay_out
-from hvdkit.dtypes import DTYPE_CODES, ReduceOp
+from hvdkit.collectives.prepared import PreparedWays
 from hvdkit.errors import (
     HorovodInternalError,
     HvdkitError,
@@ -27,7 +25,6 @@ from hvdkit.errors import (
     UnsupportedError,
 )
 from hvdkit.native import Kernels
-from hvdkit.schedules import registry
 from hvdkit.transport.arena import Arena
 from hvdkit.transport.base import Transport
 from hvdkit.tuning.estimates import Estimates
@@ -319,85 +316,6 @@ class Group:
         """Return `count` zeroed elements, in the arena if there is one with room.  Collective."""
         buffer = None if self.arena is None else self.arena.empty(count, dtype)
         return np.zeros(count, dtype) if buffer is None else buffer
-
-    # Schedules
-
-    def run_schedule(
-        self,
-        kind: str,
-        algorithm: str,
-        target: NDArray[Any],
-        *,
-        counts: Sequence[int] | None = None,
-        source: NDArray[Any] | None = None,
-        source_counts: Sequence[int] | None = None,
-        op: ReduceOp = ReduceOp.SUM,
-        root: int = 0,
-    ) -> None:
-        """Run a schedule over 1-D `target`, cut evenly or into `counts` elements a chunk.
-
-        `source`, of the same dtype, is what is sent, if not `target`: `source_counts` a chunk.
-        """
-        if counts is not None:
-            moves = self._lay_out(kind, algorithm, target, counts, source_counts, root)
-        else:
-            if source is None and self.estimates.is_short(target.nbytes):
-                self._run_short(kind, algorithm, target, op, root)
-                return
-            moves = self._moves(kind, algorithm, target, root)
-        self.executor.run(moves, target, source=source, op=op, recorder=self.tracer)
-
-    def _run_short(
-        self, kind: str, algorithm: str, target: NDArray[Any], op: ReduceOp, root: int
-    ) -> None:
-        like = (kind, algorithm, target.size, target.dtype, root)
-        schedule = self.prepared.get(like, lambda: self.prepare_schedule(*like))
-        recipe = (DTYPE_CODES[target.dtype], int(op), 1.0, 1, 1.0, 1)
-        schedule.run(recipe, target, target, self.tracer)
-
-    def prepare_schedule(
-        self, kind: str, algorithm: str, count: int, dtype: np.dtype[Any], root: int = 0
-    ) -> PreparedSchedule:
-        """Return a schedule on `count` elements, which are cut evenly.  Local."""
-        found = registry.get(kind, algorithm)
-        return PreparedSchedule(found, count, dtype, self.executor, root=root)
-
-    def _moves(
-        self, kind: str, algorithm: str, target: NDArray[Any], root: int
-    ) -> tuple[Move, ...]:
-        """Return the moves of a schedule that cuts a message evenly."""
-        key = (kind, algorithm, target.size, target.itemsize, root)
-        moves = self.recall(key)
-        if moves is None:
-            moves = self._lay_out(kind, algorithm, target, None, None, root)
-            self.keep(key, moves)
-        return cast("tuple[Move, ...]", moves)
-
-    def _lay_out(
-        self,
-        kind: str,
-        algorithm: str,
-        target: NDArray[Any],
-        counts: Sequence[int] | None,
-        source_counts: Sequence[int] | None,
-        root: int,
-    ) -> tuple[Move, ...]:
-        found = registry.get(kind, algorithm)
-        # Counts, and so the bytes of `target`, may differ between ranks; messages may not.
-        segment = (
-            self.segment_bytes
-            if counts is not None
-            else self.estimates.segment_bytes(target.nbytes)
-        )
-        chunks = found.chunks(self.size, max(1, -(-target.nbytes // segment)))
-        return lay_out(
-            found.steps((self.rank - root) % self.size, self.size, chunks),
-            self.size,
-            even_bounds(target.size, chunks) if counts is None else bounds_of(counts),
-            source=None if source_counts is None else bounds_of(source_counts),
-            longest=max(1, segment // target.itemsize),
-            root=root,
-        )
 
     def library(self, count: int = 0) -> Any:
         """Return the transport as the MPI library, whose own collectives are asked for.

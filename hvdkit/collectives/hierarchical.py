@@ -34,6 +34,7 @@ from hvdkit.collectives.nodewise import NodewiseAllgather
 from hvdkit.collectives.pick import pick_across
 from hvdkit.collectives.program import even_bounds
 from hvdkit.collectives.reduction import Reduction
+from hvdkit.collectives.scheduled import run_schedule
 from hvdkit.collectives.short_hierarchical import HierarchicalWay
 from hvdkit.config import KIB
 from hvdkit.dtypes import exported
@@ -189,7 +190,7 @@ class Hierarchy:
         if way == "gathered":
             self._cross_gathered(cross, plan, shard)
             return
-        cross.run_schedule("allreduce", way, shard, op=plan.op)
+        run_schedule(cross, "allreduce", way, shard, op=plan.op)
         plan.finish(group, shard)
 
     def _cross_gathered(self, cross: Group, plan: Reduction, shard: NDArray[Any]) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.reduction import plan_reduction
 from hvdkit.collectives.repeat import Remember, Repeat
+from hvdkit.collectives.scheduled import run_schedule
 from hvdkit.dtypes import exported
 
 
@@ -80,7 +81,7 @@ def reducescatter(
     if plan.algorithm == "mpi":
         group.library(source.size).library_reducescatter(data, flat, counts, plan.op)
     else:
-        group.run_schedule("reducescatter", plan.algorithm, data, counts=counts, op=plan.op)
+        run_schedule(group, "reducescatter", plan.algorithm, data, counts=counts, op=plan.op)
         start = sum(counts[: group.rank])
         flat[:] = data[start : start + flat.size]
     plan.finish(group, flat)

@@ -25,6 +25,7 @@ from hvdkit.collectives.frames import LAST, signed
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.prepared import Recipe, Tracer
 from hvdkit.collectives.repeat import Bound
+from hvdkit.collectives.scheduled import prepare_schedule
 from hvdkit.dtypes import DTYPES
 from hvdkit.native import recurring
 
@@ -130,7 +131,7 @@ class ShortAllreduce:
         if self._algorithm == "hierarchical":
             assert group.hierarchy is not None
             return group.hierarchy.short_way(group, self._count, self._dtype)
-        return group.prepare_schedule("allreduce", self._algorithm, self._count, self._dtype)
+        return prepare_schedule(group, "allreduce", self._algorithm, self._count, self._dtype)
 
 
 def bind_short(

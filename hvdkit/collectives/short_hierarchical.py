@@ -22,6 +22,7 @@ from hvdkit.collectives.gathered import bind_gathered
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.pick import pick_across
 from hvdkit.collectives.prepared import Recipe, Tracer
+from hvdkit.collectives.scheduled import prepare_schedule
 from hvdkit.dtypes import exported
 from hvdkit.transport.arena import Arena
 
@@ -96,7 +97,7 @@ class HierarchicalWay:
             if algorithm == "gathered":
                 self._across = _Gathered(cross, shard.shape)
             else:
-                self._across = cross.prepare_schedule("allreduce", algorithm, shard.size, dtype)
+                self._across = prepare_schedule(cross, "allreduce", algorithm, shard.size, dtype)
 
     def bind(self, recipe: Recipe, tracer: Tracer) -> Callable[[Any, Any], bool]:
         dtype, op, prescale, *last, signature = recipe

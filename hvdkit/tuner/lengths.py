@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdkit import collectives
+from hvdkit.collectives.scheduled import run_schedule
 from hvdkit.config import BUCKET_BYTES, KIB, MIB, SEGMENT_BYTES, SEGMENT_OVER_SOCKETS
 from hvdkit.dtypes import Sum
 from hvdkit.tuner.bench import LONGEST_CALL, Bench, elements, nothing
@@ -55,7 +56,7 @@ def best_segments(bench: Bench) -> tuple[tuple[int, int], ...]:
             calls: dict[str, Callable[[], object]] = {}
             for segment, group in groups.items():
                 for name in SCHEDULES:
-                    run = nothing if group is None else partial(group.run_schedule, "allreduce")
+                    run = nothing if group is None else partial(run_schedule, group, "allreduce")
                     arguments = () if group is None else (name, data)
                     calls[f"{segment} {name}"] = partial(run, *arguments)
             times = bench.measure(f"segments of {nbytes // MIB} MiB", calls)

@@ -12,6 +12,7 @@ from hvdkit import collectives
 from hvdkit.collectives.calls import Call
 from hvdkit.collectives.group import Group
 from hvdkit.collectives.program import even_bounds
+from hvdkit.collectives.scheduled import run_schedule
 from hvdkit.config import KIB, MIB, SEGMENT_BYTES
 from hvdkit.dtypes import Sum
 from hvdkit.schedules.machine import AT_ONCE, Level, Machine
@@ -165,7 +166,7 @@ def _schedule(group: Group | None, kind: str, name: str, nbytes: int) -> Callabl
     data = elements(nbytes)
     bounds = even_bounds(data.size, group.size)
     counts = [stop - start for start, stop in pairwise(bounds)] if kind == "allgather" else None
-    return partial(group.run_schedule, kind, name, data, counts=counts)
+    return partial(run_schedule, group, kind, name, data, counts=counts)
 
 
 def _shared(bench: Bench, ranks: Sequence[int]) -> Iterator[Observation]:

@@ -6,6 +6,7 @@ import pytest
 from hvdkit.collectives import prepared
 from hvdkit.collectives.executor import Executor
 from hvdkit.collectives.group import Group
+from hvdkit.collectives.scheduled import run_schedule
 from hvdkit.dtypes import ReduceOp, bfloat16
 from hvdkit.errors import HorovodInternalError
 from hvdkit.native import NumpyKernels, why_unavailable
@@ -37,7 +38,7 @@ def test_every_all_reduce_again_and_again(algorithm, size, count):
     def body(group):
         for turn in range(3):
             x = np.arange(count, dtype=np.int64) * (group.rank + 1) + turn
-            group.run_schedule("allreduce", algorithm, x)
+            run_schedule(group, "allreduce", algorithm, x)
             weight = sum(range(1, size + 1))
             assert (x == np.arange(count) * weight + size * turn).all()
 
@@ -50,7 +51,7 @@ def test_broadcasts(algorithm, root):
     def body(group):
         for turn in range(3):
             x = np.full(77, 10 * group.rank + turn, np.uint8)
-            group.run_schedule("broadcast", algorithm, x, root=root)
+            run_schedule(group, "broadcast", algorithm, x, root=root)
             assert (x == 10 * root + turn).all()
 
     in_group(5, body, segment_bytes=LONG)
@@ -62,7 +63,7 @@ def test_dtypes_and_ops_of_one_length_do_not_meet():
             for dtype in (np.float32, np.int32, np.float16, bfloat16):
                 for op, wanted in ((ReduceOp.SUM, 6), (ReduceOp.MAX, 3), (ReduceOp.PRODUCT, 6)):
                     x = np.full(9, group.rank + 1, np.float32).astype(dtype)
-                    group.run_schedule("allreduce", "ring", x, op=op)
+                    run_schedule(group, "allreduce", "ring", x, op=op)
                     assert (x.astype(np.float32) == wanted).all()
 
     in_group(3, body, segment_bytes=LONG)
@@ -75,7 +76,7 @@ def test_the_bits_are_those_of_the_executor(monkeypatch):
 
     def body(group):
         x = data[group.rank].copy()
-        group.run_schedule("allreduce", "halving_doubling", x)
+        run_schedule(group, "allreduce", "halving_doubling", x)
         return x
 
     ours = in_group(4, body, segment_bytes=LONG)
@@ -88,11 +89,11 @@ def test_the_bits_are_those_of_the_executor(monkeypatch):
 def test_long_messages_and_those_in_many_segments_are_the_executors():
     def body(group):
         with pytest.raises(AssertionError, match="executor"):
-            group.run_schedule("allreduce", "ring", np.ones(flights.LONGEST + 1, np.uint8))
+            run_schedule(group, "allreduce", "ring", np.ones(flights.LONGEST + 1, np.uint8))
         group.segment_bytes = group.estimates.usual_segment = 100
-        group.run_schedule("allreduce", "ring", np.ones(400, np.uint8))
+        run_schedule(group, "allreduce", "ring", np.ones(400, np.uint8))
         with pytest.raises(AssertionError, match="executor"):
-            group.run_schedule("allreduce", "ring", np.ones(401, np.uint8))
+            run_schedule(group, "allreduce", "ring", np.ones(401, np.uint8))
 
     in_group(2, body, segment_bytes=LONG)
 
@@ -112,7 +113,7 @@ def test_few_are_kept_and_all_are_let_go(monkeypatch):
         for _ in range(2):
             for count in range(1, 6):
                 x = np.ones(count)
-                group.run_schedule("allreduce", "ring", x)
+                run_schedule(group, "allreduce", "ring", x)
                 assert (x == 2).all()
         group.close()
 
@@ -136,7 +137,7 @@ class Steps:
 def test_steps_are_told():
     def body(group):
         group.recorder = Steps()
-        group.run_schedule("allreduce", "recursive_doubling", np.ones(10))
+        run_schedule(group, "allreduce", "recursive_doubling", np.ones(10))
         return group.recorder.steps
 
     steps = in_group(2, body, segment_bytes=LONG)[0]
@@ -146,7 +147,7 @@ def test_steps_are_told():
 def test_steps_in_flight_together_are_told_as_one():
     def body(group):
         group.recorder = Steps()
-        group.run_schedule("allreduce", "all_pairs", np.ones(9))
+        run_schedule(group, "allreduce", "all_pairs", np.ones(9))
         return group.recorder.steps
 
     assert in_group(3, body, segment_bytes=LONG)[0] == [
@@ -158,11 +159,11 @@ def test_steps_in_flight_together_are_told_as_one():
 def test_abort_ends_the_wait():
     def body(group):
         x = np.ones(10)
-        group.run_schedule("allreduce", "ring", x)
+        run_schedule(group, "allreduce", "ring", x)
         if group.rank == 0:
             group.executor.backoff.stop = HorovodInternalError("given up")
             with pytest.raises(HorovodInternalError, match="given up"):
-                group.run_schedule("allreduce", "ring", x)
+                run_schedule(group, "allreduce", "ring", x)
             assert group.executor.backoff.abandoned
 
     in_group(2, body, segment_bytes=LONG)
@@ -175,7 +176,7 @@ def test_more_ranks_than_a_flight_has_steps():
         group = Group(t, NumpyKernels(), "sockets", segment_bytes=LONG, spin=100)
         for turn in range(2):
             x = np.arange(40, dtype=np.int64) * (t.rank + 1) + turn
-            group.run_schedule("allreduce", "all_pairs", x)
+            run_schedule(group, "allreduce", "all_pairs", x)
             assert (x == np.arange(40) * 153 + 17 * turn).all()
 
     on_tcp_ranks(17, body)
@@ -187,7 +188,7 @@ def test_over_sockets(algorithm):
         group = Group(t, NumpyKernels(), "sockets", segment_bytes=LONG, spin=100)
         for turn in range(10):
             x = np.arange(5000, dtype=np.float32) + t.rank + turn
-            group.run_schedule("allreduce", algorithm, x)
+            run_schedule(group, "allreduce", algorithm, x)
             assert (x == 3 * np.arange(5000) + 3 + 3 * turn).all()
 
     on_tcp_ranks(3, body)
@@ -198,7 +199,7 @@ def test_across_nodes():
     def body(group):
         for turn in range(3):
             x = np.full(3000, turn, np.float32)
-            group.hierarchy.cross.run_schedule("allreduce", "ring", x)
+            run_schedule(group.hierarchy.cross, "allreduce", "ring", x)
             assert (x == 2 * turn).all()
 
     on_nodes((2, 2), body, segment_bytes=LONG)
