@@ -108,7 +108,13 @@ def with_predictions(results: list[Result], *, turns: int) -> list[Result]:
     levels, _ = measure_levels(Bench(context(), lambda _label: None, turns=turns))
     usual = context().group.estimates
     tuning = Tuning(world=context().describe_world(), levels=levels)
-    estimates = Estimates(tuning, hvd.size(), usual.per_node, usual_segment=usual.usual_segment)
+    estimates = Estimates(
+        tuning,
+        hvd.size(),
+        usual.per_node,
+        nested=usual.nested,
+        usual_segment=usual.usual_segment,
+    )
     known = {"gathered", "hierarchical", *ALGORITHMS["allreduce"]}
 
     def noted(result: Result) -> Result:

@@ -37,8 +37,8 @@ NOT_CONFIGURATION = frozenset(
 SEGMENT_BYTES = 512 * KIB
 BUCKET_BYTES = 25 * MIB
 
-#: Up to this many ranks everyone writes to everyone where a few bytes are gathered: one wait, of
-#: which Bruck's algorithm has log2 p.
+#: Up to this many ranks everyone writes to everyone where an exchange of a few bytes is set up once
+#: and repeated: one wait, of which Bruck's algorithm has log2 p.
 DIRECT_RANKS = 8
 
 #: Bytes of a segment between nodes where an MPI library's messages go over sockets: longer ones it

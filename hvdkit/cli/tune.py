@@ -17,7 +17,7 @@ from hvdkit.tuner import tune
 from hvdkit.tuning.file import COMMAND, default_path, load, save
 from hvdkit.tuning.fit import Fit
 from hvdkit.tuning.measure import TURNS
-from hvdkit.tuning.record import Tuning
+from hvdkit.tuning.record import Levels, Tuning
 
 _VARIABLE = "HVDKIT_TUNING_FILE"
 
@@ -117,12 +117,18 @@ def _describe(tuning: Tuning, fits: Mapping[str, Fit]) -> str:
             for part, scale in (("alpha", 1e6), ("beta", 1e12), ("gamma", 1e12))
         )
         lines.append(f"  {name:<10}{figures}{100 * found.error:.0f} %")
+    lines += ["", f"alphas of a message beside another one: {_at_once(tuning.levels, fits)}"]
     for kind in tuning.grid:
         lines += ["", f"{kind:<15}{_HEADS}", *_rows(kind)]
     segments = ", ".join(f"{n:,}: {segment:,}" for n, segment in tuning.segments)
     lines += ["", f"bytes of a segment, by bytes of the message: {segments}"]
     lines += [f"bytes of a bucket: {tuning.bucket_bytes:,}"]
     return "\n".join(lines)
+
+
+def _at_once(levels: Levels, fits: Mapping[str, Fit]) -> str:
+    known = {"within": levels.within, "across": levels.across}
+    return ", ".join(f"{name} {known[name].at_once:.2g}" for name in known if name in fits)
 
 
 def _figure(found: Fit, part: str, scale: float) -> str:

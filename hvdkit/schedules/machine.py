@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: What is taken for `Machine.at_once` where nobody has measured it.
+#: What is taken for `Level.at_once` where nobody has measured it.
 AT_ONCE = 0.1
 
 
@@ -20,11 +20,13 @@ class Level:
         alpha: seconds a message, whatever it carries.
         beta: seconds a byte on the way.
         gamma: seconds a byte that is reduced.
+        at_once: what a message costs that is in flight beside another one, of alpha.
     """
 
     alpha: float
     beta: float
     gamma: float
+    at_once: float = AT_ONCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +36,10 @@ class Machine:
     Args:
         within: between ranks of one node.
         across: between ranks of different nodes.
-        at_once: what a message costs that is in flight with another one, of alpha.
     """
 
     within: Level
     across: Level
-    at_once: float = AT_ONCE
 
 
 #: What is taken for a machine that nobody has measured: shared memory, and a link of 10 Gbit/s.

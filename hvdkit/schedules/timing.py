@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import ceil
 
 from hvdkit.config import DIRECT_RANKS, SEGMENT_BYTES
 from hvdkit.errors import ArgumentError
@@ -69,6 +70,7 @@ def predict(
     ranks_per_node: int | None = None,
     machine: Machine = USUAL,
     segment_bytes: int = SEGMENT_BYTES,
+    nested: bool = True,
 ) -> float:
     """Return the seconds of a collective, without the check that the ranks agree on it.
 
@@ -80,8 +82,10 @@ def predict(
         size: number of ranks.
         ranks_per_node: of a full node; None: all ranks are on one.
         machine: what messages cost.  For ``"shm"``, and within the nodes of ``"hierarchical"`` and
-            of ``"gathered"`` over several, `machine.within` is what the shared memory costs.
+            of a nested ``"gathered"``, `machine.within` is what the shared memory costs.
         segment_bytes: of a message, at most.
+        nested: whether the ranks of each of several nodes share memory: ``"gathered"`` then gathers
+            within nodes first.
 
     Raises:
         ArgumentError: there is no such algorithm.
@@ -95,10 +99,11 @@ def predict(
     if (collective, algorithm) == ("allreduce", "hierarchical"):
         return _hierarchical(place, machine)
     if (collective, algorithm) == ("allreduce", "gathered"):
-        if 1 < per_node < size:
+        if nested and 1 < per_node < size:
             return _gathered_nodewise(place, machine)
+        place = replace(place, segment_bytes=ceil(nbytes * size) + 1)  # it is never cut
         if size <= DIRECT_RANKS:
-            machine = _together(machine, size - 1, flights=1)
+            machine = _overlapped(machine, size - 1, flights=1)
     steps = _STEPS.get((collective, algorithm))
     if steps is None:
         raise ArgumentError(f"no formula for the time of {collective} by {algorithm!r}")
@@ -110,28 +115,33 @@ def in_flights(machine: Machine, size: int) -> Machine:
 
     So they are where messages are short: see `hvdkit.schedules.flights`.
     """
-    return _together(machine, 2 * max(size - 1, 1), all_pairs_flights(size))
+    return _overlapped(machine, 2 * max(size - 1, 1), all_pairs_flights(size))
 
 
-def gathering_waits(size: int, at_once: float) -> float:
-    """Return the seconds in which a few bytes of all ranks are gathered, in alphas of a message.
+def gathering_alphas(size: int, at_once: float) -> float:
+    """Return how many alphas it takes to gather a few bytes of all ranks.
 
     Args:
         size: number of ranks.
-        at_once: as `Machine` has it.
+        at_once: as `Level` has it.
     """
     if size <= DIRECT_RANKS:
-        return min(size - 1, 1) + at_once * max(size - 2, 0)
+        return _alphas(size - 1, min(size - 1, 1), at_once)
     return log2_ceil(size)
 
 
-def _together(machine: Machine, messages: int, flights: int) -> Machine:
+def _alphas(messages: int, flights: int, at_once: float) -> float:
+    """Return what so many messages in so many flights cost, in alphas."""
+    return flights + at_once * (messages - flights)
+
+
+def _overlapped(machine: Machine, messages: int, flights: int) -> Machine:
     """Return the machine as messages see it, of which all but one a flight are beside another."""
-    share = (flights + machine.at_once * (messages - flights)) / messages
     within, across = (
-        replace(level, alpha=share * level.alpha) for level in (machine.within, machine.across)
+        replace(level, alpha=level.alpha * _alphas(messages, flights, level.at_once) / messages)
+        for level in (machine.within, machine.across)
     )
-    return replace(machine, within=within, across=across)
+    return Machine(within, across)
 
 
 def message_seconds(nbytes: float, level: Level, segment_bytes: int, *, reduces: bool) -> float:
@@ -176,7 +186,7 @@ def _hierarchical(place: _Place, machine: Machine) -> float:
     within = replace(place, size=place.per_node)
     shard = place.nbytes / place.per_node
     shared = replace(machine.across, beta=machine.across.beta * place.per_node)
-    plainly = replace(machine, within=shared, across=shared)
+    plainly = Machine(within=shared, across=shared)
     ways = dict.fromkeys(("ring", "halving_doubling", "recursive_doubling"), plainly)
     if is_short(shard, place.segment_bytes):
         ways |= {"gathered": plainly, "all_pairs": in_flights(plainly, nodes)}

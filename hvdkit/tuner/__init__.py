@@ -1,7 +1,8 @@
 """Measure this world: what its levels cost, and which algorithm, segment and bucket are the best.
 
 [1] levels      alpha, beta and gamma of shared memory and of messages within a node, on one
-                node's ranks, and of messages across nodes, on the first rank of each
+                node's ranks, and of messages across nodes, on the first rank of each; of
+                messages also what one costs beside another
 [2] segments    schedules on long messages, cut in segments of several lengths
 [3] grid        every algorithm at every size, on all ranks, with these segments
 [4] buckets     as many bytes as a model has, in buckets of several lengths

@@ -16,7 +16,7 @@ from hvdkit.collectives.scheduled import run_schedule
 from hvdkit.config import KIB, MIB, SEGMENT_BYTES
 from hvdkit.dtypes import Sum
 from hvdkit.schedules.machine import AT_ONCE, Level, Machine
-from hvdkit.schedules.timing import gathering_waits, in_flights, predict
+from hvdkit.schedules.timing import gathering_alphas, in_flights, predict
 from hvdkit.tuner.bench import LONGEST_CALL, Bench, elements, nothing
 from hvdkit.tuning.fit import Fit, Observation, fit
 from hvdkit.tuning.record import USUAL_LEVELS, Levels
@@ -34,7 +34,7 @@ SCHEDULES = (
 )
 
 #: The schedule most of whose messages are in flight with others.
-_FLIES = "all_pairs"
+_AT_ONCE = "all_pairs"
 
 _CHECK = "check"
 
@@ -72,11 +72,11 @@ class _Reduce:
 
 @dataclass(frozen=True, slots=True)
 class _Messages:
-    """What messages cost among some ranks: the fit to schedules, and the rest of `Levels`."""
+    """What messages among some ranks cost: the fit to schedules, the level, `Levels.check`."""
 
     fit: Fit
+    level: Level
     check: float
-    at_once: float
 
 
 def measure_levels(bench: Bench) -> tuple[Levels, dict[str, Fit]]:
@@ -89,7 +89,7 @@ def measure_levels(bench: Bench) -> tuple[Levels, dict[str, Fit]]:
     if len(node) > 1:
         found = _messages(bench, "within a node", node, reduced)
         fits["within"], check = found.fit, (found.check, levels.check[1])
-        levels = replace(levels, within=found.fit.level, check=check, at_once=found.at_once)
+        levels = replace(levels, within=found.level, check=check)
         shared = list(_shared(bench, node))
         if shared:
             fits["memory"] = fit([*shared, *reduced], levels.within)
@@ -97,7 +97,7 @@ def measure_levels(bench: Bench) -> tuple[Levels, dict[str, Fit]]:
     if len(leaders) > 1:
         found = _messages(bench, "across nodes", leaders, reduced)
         fits["across"], check = found.fit, (levels.check[0], found.check)
-        levels = replace(levels, across=found.fit.level, check=check, at_once=found.at_once)
+        levels = replace(levels, across=found.level, check=check)
     return levels, fits
 
 
@@ -131,12 +131,12 @@ def _messages(
             for (kind, name), timing in zip(SCHEDULES, times.values(), strict=True):
                 model = _Model(kind, name, nbytes, len(ranks), segment_bytes)
                 observations.append(Observation(timing.seconds, model))
-        few = _schedule(group, "allreduce", _FLIES, SIZES[0])
-        flying = bench.measure(f"messages {label} at once", {_FLIES: few})[_FLIES]
+        call_at_once = _schedule(group, "allreduce", _AT_ONCE, SIZES[0])
+        at_once = bench.measure(f"messages {label} at once", {_AT_ONCE: call_at_once})[_AT_ONCE]
     fitted = fit(observations, USUAL_LEVELS.within)
-    at_once = share_at_once(flying.seconds, fitted.level, len(ranks), segment_bytes)
-    waits = gathering_waits(len(ranks), at_once)
-    return _Messages(fitted, found.seconds / waits, at_once)
+    share = share_at_once(at_once.seconds, fitted.level, len(ranks), segment_bytes)
+    level = replace(fitted.level, at_once=share)
+    return _Messages(fitted, level, found.seconds / gathering_alphas(len(ranks), share))
 
 
 def share_at_once(seconds: float, level: Level, size: int, segment_bytes: int) -> float:
@@ -145,18 +145,19 @@ def share_at_once(seconds: float, level: Level, size: int, segment_bytes: int) -
     Args:
         seconds: of an all-reduce of `SIZES[0]` bytes by all pairs.
         level: what messages cost one after the other.
-        size: number of ranks; where they are two, none has another message beside.
+        size: number of ranks.
         segment_bytes: of a message, at most.
     """
 
-    def modelled(at_once: float) -> float:
-        machine = in_flights(Machine(level, level, at_once), size)
-        how: dict[str, Any] = {"machine": machine, "segment_bytes": segment_bytes}
-        return predict("allreduce", _FLIES, SIZES[0], size, **how)
+    def modelled(share: float) -> float:
+        seen = replace(level, at_once=share)
+        how: dict[str, Any] = {"segment_bytes": segment_bytes}
+        how["machine"] = in_flights(Machine(seen, seen), size)
+        return predict("allreduce", _AT_ONCE, SIZES[0], size, **how)
 
     free, full = modelled(0.0), modelled(1.0)
-    if full <= free:
-        return AT_ONCE  # no two messages of two ranks are in flight together
+    if full <= free:  # of two ranks no message is beside another, or alpha is 0
+        return AT_ONCE
     return min(max((seconds - free) / (full - free), 0.0), 1.0)
 
 

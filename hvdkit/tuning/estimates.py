@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from hvdkit.config import SEGMENT_BYTES
 from hvdkit.schedules import flights
 from hvdkit.schedules.machine import Machine
-from hvdkit.schedules.timing import gathering_waits, in_flights, predict
+from hvdkit.schedules.timing import gathering_alphas, in_flights, predict
 from hvdkit.tuning.record import USUAL_LEVELS, Cell, Tuning
 
 #: The default stays if what seems better is so by less than this share of its time: measured, and
@@ -129,6 +129,8 @@ class Estimates:
         machine = self.messages(name, nbytes)
         if name in ("shm", "hierarchical") or (name == "gathered" and self.nested):
             machine = self.levels.shared
+        # "gathered" takes the alpha of schedules: it is repeated in the native module as those of
+        # short messages are, while the check alone is made in Python.
         seconds = predict(
             kind,
             name,
@@ -137,6 +139,7 @@ class Estimates:
             ranks_per_node=self.per_node,
             machine=machine,
             segment_bytes=self.segment_bytes(nbytes),
+            nested=self.nested,
         )
         # Ranks on several nodes that expect a short all-reduce begin it without asking.
         expected = kind == "allreduce" and self.per_node < self.size and self.is_short(nbytes)
@@ -150,13 +153,13 @@ class Estimates:
 
     def check_seconds(self) -> float:
         """Return how long it takes the ranks to find that they agree."""
+        levels = self.levels
         if not self.nested:
-            return self.levels.check[self.per_node < self.size] * self._waits(self.size)
-        nodes = -(-self.size // self.per_node)
-        return self.levels.check[1] * self._waits(nodes) + 2 * self.levels.shared.within.alpha
-
-    def _waits(self, size: int) -> float:
-        return gathering_waits(size, self.levels.at_once)
+            level = (levels.within, levels.across)[self.per_node < self.size]
+            alphas = gathering_alphas(self.size, level.at_once)
+            return levels.check[self.per_node < self.size] * alphas
+        alphas = gathering_alphas(-(-self.size // self.per_node), levels.across.at_once)
+        return levels.check[1] * alphas + 2 * levels.shared.within.alpha
 
     def is_short(self, nbytes: int) -> bool:
         """Return whether a message of so many bytes is not worth cutting in segments."""

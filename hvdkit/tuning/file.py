@@ -14,10 +14,14 @@ from typing import Any, TypeVar
 
 from hvdkit.errors import ConfigError
 from hvdkit.schedules.machine import Level
-from hvdkit.tuning.record import Cell, Grid, Levels, Tuning, World, names
+from hvdkit.tuning.record import Cell, Grid, Levels, Tuning, World
 
 FORMAT = "hvdkit tuning"
 VERSION = 2
+
+#: What there is of a level in the file: of memory and of margins what was fitted, of messages all.
+FITTED = ("alpha", "beta", "gamma")
+MESSAGES = (*FITTED, "at_once")
 
 #: How a tuning is made.
 COMMAND = "mpirun -n {ranks} python -m hvdkit tune"
@@ -125,14 +129,13 @@ def _tuning(data: Any, where: str) -> Tuning:
         measured=_take(data, "measured", where, str),
         hosts=_each(data, "hosts", where, _string),
         levels=Levels(
-            memory=None if memory is None else _level(memory, f"{inside}.memory"),
+            memory=None if memory is None else _level(memory, f"{inside}.memory", FITTED),
             within=_level(_take(levels, "within", inside, dict), f"{inside}.within"),
             across=_level(_take(levels, "across", inside, dict), f"{inside}.across"),
             check=_pair(_take(levels, "check", inside, list), f"{inside}.check", _figure),
-            at_once=_figure(levels.get("at_once"), f"{inside}.at_once"),
         ),
         margins={
-            key: _level(margin, f"{where}.margins.{key}")
+            key: _level(margin, f"{where}.margins.{key}", FITTED)
             for key, margin in _take(data, "margins", where, dict).items()
         },
         segments=tuple(
@@ -158,10 +161,10 @@ def _world(data: dict[str, Any], where: str) -> World:
     )
 
 
-def _level(data: Any, where: str) -> Level:
+def _level(data: Any, where: str, figures: Sequence[str] = MESSAGES) -> Level:
     if not isinstance(data, dict):
-        raise _WrongError(f"{where} is {data!r}, not alpha, beta and gamma")
-    return Level(**{name: _figure(data.get(name), f"{where}.{name}") for name in names(Level)})
+        raise _WrongError(f"{where} is {data!r}, not {', '.join(figures)}")
+    return Level(**{name: _figure(data.get(name), f"{where}.{name}") for name in figures})
 
 
 def _grid(data: dict[str, Any], where: str) -> Grid:
@@ -242,17 +245,18 @@ _KINDS: dict[type, str] = {
 
 def _plain(tuning: Tuning) -> dict[str, Any]:
     levels = tuning.levels
-    parts = {"memory": levels.memory, "within": levels.within, "across": levels.across}
+    parts = {"within": levels.within, "across": levels.across}
+    memory = {} if levels.memory is None else {"memory": _rounded(levels.memory, FITTED)}
     return {
         "world": asdict(tuning.world),
         "measured": tuning.measured,
         "hosts": list(tuning.hosts),
         "levels": {
-            **{name: _rounded(level) for name, level in parts.items() if level is not None},
+            **memory,
+            **{name: _rounded(level) for name, level in parts.items()},
             "check": [_round(seconds) for seconds in levels.check],
-            "at_once": _round(levels.at_once),
         },
-        "margins": {name: _rounded(margin) for name, margin in tuning.margins.items()},
+        "margins": {name: _rounded(margin, FITTED) for name, margin in tuning.margins.items()},
         "segments": [list(pair) for pair in tuning.segments],
         "bucket_bytes": tuning.bucket_bytes,
         "seconds": {
@@ -266,8 +270,8 @@ def _rows(cells: Sequence[Cell]) -> dict[str, list[float]]:
     return {str(cell.nbytes): [_round(cell.seconds), _round(cell.margin)] for cell in cells}
 
 
-def _rounded(level: Level) -> dict[str, float]:
-    return {name: _round(value) for name, value in asdict(level).items()}
+def _rounded(level: Level, figures: Sequence[str] = MESSAGES) -> dict[str, float]:
+    return {name: _round(getattr(level, name)) for name in figures}
 
 
 def _round(value: float) -> float:

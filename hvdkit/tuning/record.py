@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
-from hvdkit.schedules.machine import AT_ONCE, USUAL, Level, Machine
+from hvdkit.schedules.machine import USUAL, Level, Machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,25 +67,23 @@ class Levels:
         within: messages between ranks of one node.
         across: messages between nodes.
         check: seconds of a round of messages in which ranks compare what they are about to do,
-            within a node and across nodes.
-        at_once: as `Machine` has it.
+            within a node and across nodes; as `gathering_alphas` counts them.
     """
 
     memory: Level | None
     within: Level
     across: Level
     check: tuple[float, float]
-    at_once: float = AT_ONCE
 
     @property
     def messages(self) -> Machine:
         """The machine as schedules over messages see it."""
-        return Machine(self.within, self.across, self.at_once)
+        return Machine(within=self.within, across=self.across)
 
     @property
     def shared(self) -> Machine:
         """The machine where the ranks of a node share memory."""
-        return Machine(self.memory or self.within, self.across, self.at_once)
+        return Machine(within=self.memory or self.within, across=self.across)
 
 
 @dataclass(frozen=True, slots=True)

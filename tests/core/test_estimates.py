@@ -95,6 +95,31 @@ def test_messages_in_flight_together_wait_once():
     assert long > formula(64 * MIB, machine=LEVELS.messages)
 
 
+def test_gathered_without_shared_memory_goes_straight_to_every_rank():
+    plain = Estimates(tuning((4, 4)), 8, 4, nested=False)
+    across = LEVELS.across
+    alone = plain.modelled("allreduce", "gathered", 0)
+    assert alone == pytest.approx((1 + 6 * 0.25) * across.alpha), "one wait, six messages beside"
+    assert Estimates(tuning((4, 4)), 8, 4).modelled("allreduce", "gathered", 0) < alone
+
+
+def test_gathered_is_never_cut_in_segments():
+    cut = Estimates(tuning((1, 1)), 2, 1, segment_bytes=KIB)
+    seconds = cut.modelled("allreduce", "gathered", 64 * KIB)
+    across = LEVELS.across
+    assert seconds == pytest.approx(across.alpha + 64 * KIB * (across.beta + across.gamma))
+
+
+def test_the_check_is_a_wait_and_a_share_for_each_message_beside():
+    within, across = LEVELS.check
+    assert Estimates(tuning(), 4).check_seconds() == pytest.approx((1 + 2 * 0.75) * within)
+    flat = Estimates(tuning((1, 1, 1)), 3, 1)
+    assert flat.check_seconds() == pytest.approx((1 + 0.25) * across)
+    nested = Estimates(tuning((2, 2, 2)), 6, 2)
+    memory = 2 * LEVELS.shared.within.alpha
+    assert nested.check_seconds() == pytest.approx((1 + 0.25) * across + memory)
+
+
 def test_messages_that_share_a_link_take_longer():
     alone, shared = Estimates(tuning((2, 2)), 2, 1), Estimates(tuning((2, 2)), 2, 1, sharing=2)
     ratio = shared.modelled("allreduce", "ring", 64 * MIB) / alone.modelled(
@@ -179,6 +204,7 @@ def test_shards_cross_by_whichever_schedule_is_best():
     """Short ones between three nodes: gathered; by all pairs, whose messages fly together."""
     across = LEVELS.messages.across
     machine = Machine(LEVELS.shared.within, across)
+    assert across.at_once == 0.25, "else nobody sees that it counts"
     formula = partial(predict, "allreduce", "hierarchical", size=6, ranks_per_node=2)
     one = partial(formula, machine=machine)
     shared = Machine(across, replace(across, beta=2 * across.beta))

@@ -66,6 +66,10 @@ DAMAGES = {
         lambda: damaged(lambda data, _: data.update(version=3)),
         "has version 3, and this hvdkit reads 2",
     ),
+    "older": (
+        lambda: damaged(lambda data, _: data.update(version=1)),
+        "has version 1, and this hvdkit reads 2",
+    ),
     "no entries": (lambda: damaged(lambda data, _: data.pop("entries")), "entries is missing"),
     "entries no list": (
         lambda: damaged(lambda data, _: data.update(entries={})),
@@ -94,6 +98,10 @@ DAMAGES = {
     "beta missing": (
         lambda: damaged(lambda _, entry: entry["levels"]["across"].pop("beta")),
         r"entries\[0\].levels.across.beta is None",
+    ),
+    "at_once missing": (
+        lambda: damaged(lambda _, entry: entry["levels"]["across"].pop("at_once")),
+        r"entries\[0\].levels.across.at_once is None",
     ),
     "gamma": (
         lambda: damaged(lambda _, entry: entry["levels"]["memory"].update(gamma=-1.0)),

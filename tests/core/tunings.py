@@ -22,10 +22,9 @@ WORLD = World(
 )
 LEVELS = Levels(
     memory=Level(5e-7, 5e-11, 3e-11),
-    within=Level(15e-6, 1e-10, 3e-11),
-    across=Level(60e-6, 8e-9, 3e-11),
+    within=Level(15e-6, 1e-10, 3e-11, at_once=0.75),
+    across=Level(60e-6, 8e-9, 3e-11, at_once=0.25),
     check=(1e-5, 4e-5),
-    at_once=0.25,
 )
 
 

@@ -9,7 +9,7 @@ from hvdkit.errors import ArgumentError
 from hvdkit.schedules.machine import Level, Machine
 from hvdkit.schedules.registry import ALGORITHMS
 from hvdkit.schedules.rendezvous import run
-from hvdkit.schedules.timing import gathering_waits, in_flights, message_seconds, predict
+from hvdkit.schedules.timing import gathering_alphas, in_flights, message_seconds, predict
 
 KIB, MIB = 1024, 1024 * 1024
 ALPHA_ONLY = Level(1.0, 0.0, 0.0)
@@ -114,21 +114,23 @@ def test_gathered_over_nodes_crosses_once_for_all_of_a_node():
     how = {"ranks_per_node": 4}
     assert predict("allreduce", "gathered", 8, 8, machine=TWO_LEVELS, **how) == 102
     assert predict("allreduce", "gathered", 8, 8, machine=SHARED_LINK, **how) == 32
+    without_memory = predict("allreduce", "gathered", 8, 8, machine=TWO_LEVELS, nested=False, **how)
+    assert without_memory == pytest.approx(100 + 6 * 10), "one wait, six messages beside"
 
 
 @pytest.mark.parametrize(("size", "waits"), [(2, 1.0), (3, 1.5), (8, 4.0), (9, 4.0), (16, 4.0)])
 def test_few_ranks_gather_straight_from_each_other(size, waits):
     """One wait, and half of a message for each beside it; more than eight ranks, by Bruck's."""
-    alphas = replace(machine(ALPHA_ONLY), at_once=0.5)
+    alphas = machine(replace(ALPHA_ONLY, at_once=0.5))
     assert predict("allreduce", "gathered", 8, size, machine=alphas) == pytest.approx(waits)
-    assert gathering_waits(size, 0.5) == waits
+    assert gathering_alphas(size, 0.5) == waits
     bytes_alone = machine(Level(0.0, 1.0, 0.0))
     assert predict("allreduce", "gathered", 8, size, machine=bytes_alone) == 8 * (size - 1)
 
 
 def test_all_pairs_wait_twice_and_for_a_share_of_each_message_beside_another():
     for at_once, waits in [(0.0, 2.0), (0.5, 4.0), (1.0, 6.0)]:
-        seen = in_flights(replace(machine(ALPHA_ONLY), at_once=at_once), 4)
+        seen = in_flights(machine(replace(ALPHA_ONLY, at_once=at_once)), 4)
         assert predict("allreduce", "all_pairs", 8, 4, machine=seen) == pytest.approx(waits)
 
 

@@ -225,7 +225,7 @@ class TCPTransport:
 
     def _allgather(self, mine: bytes) -> list[bytes]:
         """Return the block of bytes of every rank."""
-        if self.size <= DIRECT_RANKS:
+        if self.size <= DIRECT_RANKS:  # as where it is prepared: some ranks may lack the module
             return self._allgather_directly(mine)
         # [Bruck et al. 1997]: blocks of the ranks that follow, twice as many after each step.
         blocks, distance = [mine], 1
