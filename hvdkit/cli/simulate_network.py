@@ -119,14 +119,14 @@ def machine_of(args: argparse.Namespace) -> Machine:
     usual = USUAL if args.tuning is None else _tuned(args.tuning)
 
     def level(known: Level, alpha: float | None, rate: float | None) -> Level:
-        return Level(
+        return replace(
+            known,
             alpha=known.alpha if alpha is None else alpha,
             beta=known.beta if rate is None else 1 / rate,
             gamma=known.gamma if args.reduction is None else 1 / args.reduction,
         )
 
-    return replace(
-        usual,
+    return Machine(
         within=level(usual.within, args.within_latency, args.within_bandwidth),
         across=level(usual.across, args.latency, args.bandwidth),
     )
