@@ -148,6 +148,7 @@ def _read(args: argparse.Namespace) -> Launch:
         settings={"PYTHONUNBUFFERED": os.environ.get("PYTHONUNBUFFERED", "1"), **told},
         interfaces=interfaces,
         start_timeout=config.start_timeout,
+        peer_timeout=config.peer_timeout,
         remote_shell=remote_shell(shell, args.ssh_port, args.ssh_identity_file),
         mpi_arguments=tuple(more),
         verbose=args.verbose,

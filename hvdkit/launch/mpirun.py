@@ -36,6 +36,9 @@ _OF_THIS_HOST = re.compile(
     r"|HOME|USER|LOGNAME|SHELL|MAIL"
 )
 
+#: How often mpirun asks a silent host before it counts as lost.
+_KEEPALIVE_PROBES = 2
+
 _OPEN_MPI_AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
@@ -199,6 +202,19 @@ def reach(mpirun: Mpirun, remote_shell: Sequence[str]) -> dict[str, str]:
         return named | ({"HYDRA_LAUNCHER_EXTRA_ARGS": arguments} if arguments else {})
     prefix = "OMPI_MCA_plm_rsh" if mpirun.open_mpi == 4 else "PRTE_MCA_plm_ssh"
     return {f"{prefix}_agent": program} | ({f"{prefix}_args": arguments} if arguments else {})
+
+
+def watch(mpirun: Mpirun, seconds: float) -> dict[str, str]:
+    """Return the variables by which mpirun counts a host as lost that is silent for so long.
+
+    By itself Open MPI's waits for as long as TCP goes on trying.  MPICH's cannot be told.
+    """
+    if mpirun.open_mpi is None:
+        return {}
+    prefix = "OMPI_MCA" if mpirun.open_mpi == 4 else "PRTE_MCA"
+    between = max(1, int(seconds / (1 + _KEEPALIVE_PROBES)))
+    known = {"time": between, "intvl": between, "probes": _KEEPALIVE_PROBES}
+    return {f"{prefix}_oob_tcp_keepalive_{name}": str(number) for name, number in known.items()}
 
 
 def travels(name: str) -> bool:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hvdkit.config import Config
 from hvdkit.errors import ArgumentError, ConfigError, LauncherError, UnsupportedError
 from hvdkit.launch import guard, mpirun
 from hvdkit.launch.job import Job, read_results, unwinding_on_sigterm
@@ -121,6 +122,7 @@ def run(
         LauncherError: no mpirun, or one that is not known; hosts cannot take part; or the ranks
             did not start.
         ArgumentError: an argument is out of range.
+        ConfigError: an environment variable of hvdkit's does not parse.
         UnsupportedError: `func` or its arguments cannot be pickled; or a parameter of Horovod's
             is set that cannot be honoured.
     """
@@ -144,6 +146,7 @@ def run(
         settings=env or {},
         interfaces=tuple(networks),
         start_timeout=limit,
+        peer_timeout=Config.from_environment(wanted).peer_timeout,
         remote_shell=remote_shell(wanted.get(SHELL), ssh_port, ssh_identity_file),
         mpi_arguments=tuple(more),
     )

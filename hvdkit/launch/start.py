@@ -37,6 +37,8 @@ class Launch:
     """Environment variables for the ranks, besides this process's."""
     interfaces: tuple[str, ...] = ()
     start_timeout: float
+    peer_timeout: float
+    """Seconds after which a host that is silent counts as lost."""
     remote_shell: tuple[str, ...] = ()
     """What runs a command on a host, as ``ssh`` does; none: ssh itself."""
     mpi_arguments: tuple[str, ...] = ()
@@ -137,6 +139,8 @@ def mpirun_line(launch: Launch, found: Mpirun) -> tuple[list[str], dict[str, str
     )
     if launch.remote_shell:
         variables |= mpirun.reach(found, launch.remote_shell)
+    if launch.hosts:
+        variables = mpirun.watch(found, launch.peer_timeout) | variables
     line = mpirun.command(
         found,
         launch.size,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import IO
 
-from hvdkit.errors import LauncherError
+from hvdkit.errors import LauncherError, format_ranks
 from hvdkit.launch.agent import exit_status, read_record
 from hvdkit.launch.agents import Agent
 from hvdkit.launch.guard import how_it_ended
@@ -242,13 +242,17 @@ class Team:
             return 0
         if self._agents[0].task.raw:
             self._agents[0].wait(_SECONDS_TO_END)
-            return exit_status(self._agents[0].process.returncode)
+            return exit_status(self._agents[0].process.returncode) or 1
         return 1
 
     def _lost(self) -> str:
         """Return what is known of a job that ended without its ranks having said so."""
         each = next((each for each in self._agents if each.task.raw), None)
         if each is not None:
+            lost = sorted(self._started.keys() - {end.rank for end in self.ends})
+            if each.process.returncode == 0 and lost:
+                how = f"without word of how {format_ranks(lost)} did"
+                return f"mpirun ended {how}; what it said stands above"
             return f"mpirun ended with status {self._status()}; what it said stands above"
         known = {end.rank for end in self.ends}
         hosts = [

@@ -617,6 +617,19 @@ def test_what_a_killed_mpirun_has_left_is_named():
     assert "listener thread" in shown.err
 
 
+def test_ranks_of_which_nothing_is_heard_fail_a_job_that_mpirun_says_went_well():
+    """As Open MPI's does when a host is lost."""
+    told = r"\036hvd s 0 here\n\036hvd s 1 there\n\036hvd s 2 there\n\036hvd x 0 0 0\n"
+    mpirun = f"[ $R != 0 ] || printf '{told}'"
+    team, _ = team_of(["sh", "-c", mpirun], raw=True, ranks=3)
+    with team:
+        team.check(30)
+        team.go()
+        assert team.wait(30) == 1
+        said = "mpirun ended without word of how ranks 1-2 did; what it said stands above"
+        assert team.explain() == said
+
+
 def test_an_agent_that_does_not_answer_is_not_waited_for():
     team, _ = team_of(["true"], reach=["sh", "-c", "sleep 100"])
     with pytest.raises(LauncherError, match=r"n1: no answer within 0\.3 s"), team:

@@ -84,6 +84,16 @@ def test_environments_have_defaults_which_the_user_overrides():
     assert mpirun.environment(MPICH, {"A": "1"}, root=True) == {"A": "1"}
 
 
+def test_open_mpi_is_told_when_a_silent_host_is_lost():
+    """After ten seconds of silence it asks twice, ten seconds apart."""
+    told = {"time": "10", "intvl": "10", "probes": "2"}
+    for each, prefix in [(OPEN_MPI_4, "OMPI_MCA"), (OPEN_MPI_5, "PRTE_MCA")]:
+        named = {f"{prefix}_oob_tcp_keepalive_{name}": text for name, text in told.items()}
+        assert mpirun.watch(each, 30.0) == named
+    assert mpirun.watch(OPEN_MPI_5, 0.5)["PRTE_MCA_oob_tcp_keepalive_time"] == "1"
+    assert mpirun.watch(MPICH, 30.0) == {}
+
+
 @pytest.mark.parametrize(
     ("each", "runtime"),
     [(OPEN_MPI_4, "OMPI_MCA_oob_tcp_if_include"), (OPEN_MPI_5, "PRTE_MCA_prte_if_include")],

@@ -3,9 +3,9 @@
 What is left to MPI itself was found to be as follows.  With Open MPI 5 nothing happens for as long
 as TCP goes on trying, unless mpirun watches its connections to the other hosts: with
 oob_tcp_keepalive_time=2, _intvl=1 and _probes=3 it names the host that it lost after 5 seconds, and
-ends the job, if with status 0.  MPICH has no such setting.  With both, hvdkit's own limit for a
-stall, HVDKIT_STALL_SHUTDOWN_TIME_SECONDS, ends the ranks that wait; MPICH's mpirun then waits for
-the lost host's part all the same.
+ends the job, if with status 0.  hvdrun sets these, and ends with status 1.  MPICH has no such
+setting.  With both, hvdkit's own limit for a stall, HVDKIT_STALL_SHUTDOWN_TIME_SECONDS, ends the
+ranks that wait; MPICH's mpirun then waits for the lost host's part all the same.
 """
 
 import re
@@ -97,6 +97,20 @@ def test_a_link_that_goes_down_over_open_mpi(hosts, cut):
     ended = hosts.finish(job, timeout=5 + GRACE)
     assert "went on" not in ended.stdout
     assert re.search(r"lost communication.*Remote daemon: .* on node beta", ended.stderr, re.S)
+
+
+def test_a_link_that_goes_down_over_open_mpi_by_hvdrun(hosts, cut):
+    """It lets mpirun watch the hosts, and says that the job failed, which mpirun does not."""
+    if not mpirun()[1]:
+        pytest.skip("MPICH's mpirun does not notice that a host is gone")
+    limit = {"HVDKIT_PEER_TIMEOUT": "6"}
+    job = started(hosts, over_mpi_by_hvdrun, "alpha:1,beta:1", variables=limit)
+    cut("beta")
+    ended = hosts.finish(job, timeout=6 + GRACE)
+    assert ended.status != 0
+    assert "went on" not in ended.stdout
+    assert re.search(r"Remote daemon: .* on node beta", ended.stderr), ended.stderr
+    assert "hvdrun: mpirun ended without word of how ranks 0-1 did" in ended.stderr
 
 
 def test_a_link_that_goes_down_over_mpi_is_a_stall(hosts, cut):
