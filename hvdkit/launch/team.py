@@ -191,6 +191,7 @@ class Team:
     def _take(self, each: Agent, line: bytes, *, of_stdout: bool) -> None:
         record = read_record(line) if of_stdout else None
         if record is None:
+            line = line.replace(b"\0", b"")  # Open MPI ends its texts with one
             each.note(line)
             if each.ready:
                 for said in [line] if self._remarks is None else self._remarks.take(line):

@@ -617,6 +617,16 @@ def test_what_a_killed_mpirun_has_left_is_named():
     assert "listener thread" in shown.err
 
 
+def test_what_mpirun_says_is_text():
+    """Open MPI's is not: what a NUL is in, grep takes for a binary file."""
+    team, shown = team_of(["printf", r"sorry\n\0\n"], raw=True)
+    with team:
+        team.check(30)
+        team.go()
+        team.wait(30)
+    assert shown.out + shown.err == "sorry\n\n"
+
+
 def test_ranks_of_which_nothing_is_heard_fail_a_job_that_mpirun_says_went_well():
     """As Open MPI's does when a host is lost."""
     told = r"\036hvd s 0 here\n\036hvd s 1 there\n\036hvd s 2 there\n\036hvd x 0 0 0\n"
