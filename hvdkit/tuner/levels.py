@@ -15,8 +15,9 @@ from hvdkit.collectives.program import even_bounds
 from hvdkit.collectives.scheduled import run_schedule
 from hvdkit.config import KIB, MIB, SEGMENT_BYTES
 from hvdkit.dtypes import Sum
+from hvdkit.schedules.all_pairs import all_pairs_flights
 from hvdkit.schedules.machine import AT_ONCE, Level, Machine
-from hvdkit.schedules.timing import gathering_alphas, in_flights, predict
+from hvdkit.schedules.timing import gathering_alphas, predict
 from hvdkit.tuner.bench import LONGEST_CALL, Bench, elements, nothing
 from hvdkit.tuning.fit import Fit, Observation, fit
 from hvdkit.tuning.record import USUAL_LEVELS, Levels
@@ -33,8 +34,8 @@ SCHEDULES = (
     ("allgather", "ring"),
 )
 
-#: The schedule most of whose messages are in flight with others.
-_AT_ONCE = "all_pairs"
+#: Schedules of as many messages: one after the other, and most beside another.
+_OVERLAPS = ("ring", "all_pairs")
 
 _CHECK = "check"
 
@@ -131,34 +132,31 @@ def _messages(
             for (kind, name), timing in zip(SCHEDULES, times.values(), strict=True):
                 model = _Model(kind, name, nbytes, len(ranks), segment_bytes)
                 observations.append(Observation(timing.seconds, model))
-        call_at_once = _schedule(group, "allreduce", _AT_ONCE, SIZES[0])
-        at_once = bench.measure(f"messages {label} at once", {_AT_ONCE: call_at_once})[_AT_ONCE]
+        calls = {name: _schedule(group, "allreduce", name, SIZES[0]) for name in _OVERLAPS}
+        overlaps = bench.measure(f"messages {label} at once", calls)
     fitted = fit(observations, USUAL_LEVELS.within)
-    share = share_at_once(at_once.seconds, fitted.level, len(ranks), segment_bytes)
+    one_by_one, at_once = (overlaps[name].seconds for name in _OVERLAPS)
+    share = share_at_once(one_by_one, at_once, fitted.level, len(ranks))
     level = replace(fitted.level, at_once=share)
     return _Messages(fitted, level, found.seconds / gathering_alphas(len(ranks), share))
 
 
-def share_at_once(seconds: float, level: Level, size: int, segment_bytes: int) -> float:
+def share_at_once(one_by_one: float, at_once: float, level: Level, size: int) -> float:
     """Return what a message costs beside another one, of alpha, from 0 to 1.
 
     Args:
-        seconds: of an all-reduce of `SIZES[0]` bytes by all pairs.
-        level: what messages cost one after the other.
+        one_by_one: seconds of an all-reduce of `SIZES[0]` bytes in a ring.
+        at_once: by all pairs, of as many messages and bytes.
+        level: what was fitted to other schedules, for the time on the way.
         size: number of ranks.
-        segment_bytes: of a message, at most.
     """
-
-    def modelled(share: float) -> float:
-        seen = replace(level, at_once=share)
-        how: dict[str, Any] = {"segment_bytes": segment_bytes}
-        how["machine"] = in_flights(Machine(seen, seen), size)
-        return predict("allreduce", _AT_ONCE, SIZES[0], size, **how)
-
-    free, full = modelled(0.0), modelled(1.0)
-    if full <= free:  # of two ranks no message is beside another, or alpha is 0
-        return AT_ONCE
-    return min(max((seconds - free) / (full - free), 0.0), 1.0)
+    messages, flights = 2 * (size - 1), all_pairs_flights(size)
+    silent = replace(level, alpha=0.0)
+    carried = predict("allreduce", "ring", SIZES[0], size, machine=Machine(silent, silent))
+    if messages == flights or one_by_one <= carried:
+        return AT_ONCE  # of two ranks no message is beside another; or alpha is lost in noise
+    alphas = messages * (at_once - carried) / (one_by_one - carried)
+    return min(max((alphas - flights) / (messages - flights), 0.0), 1.0)
 
 
 def _schedule(group: Group | None, kind: str, name: str, nbytes: int) -> Callable[[], object]:

@@ -54,7 +54,8 @@ class ModelBench:
             return CHECK[where] * gathering_alphas(size, level.at_once)
         machine = Machine(level, level)
         if label.endswith("at once"):
-            return predict("allreduce", name, 256, size, machine=in_flights(machine, size))
+            seen = in_flights(machine, size) if name == "all_pairs" else machine
+            return predict("allreduce", name, 256, size, machine=seen)
         nbytes = int(label.split()[-2].replace(",", ""))
         return predict(*name.split(), nbytes, size, machine=machine)
 
