@@ -23,6 +23,9 @@ _SECONDS_BETWEEN_LOOKS = 0.1
 _SECONDS_FOR_OTHERS = 1.0
 #: What mpirun may take to end when all ranks have.
 _SECONDS_AFTER_ALL = 10.0
+#: For what is left in pipes when the agents have ended: others, such as a shared ssh connection,
+#: may hold these open for ever.
+_SECONDS_FOR_THE_REST = 2.0
 #: What agents have to end their ranks, before these are killed.
 _SECONDS_TO_END = 8.0
 
@@ -105,6 +108,7 @@ class Team:
         began = time.monotonic()
         failed: float | None = None
         over: float | None = None
+        gone: float | None = None
         while self._open:
             self._look(_SECONDS_BETWEEN_LOOKS)
             self._display.release_overdue()
@@ -119,6 +123,10 @@ class Team:
             if over is not None and now - over > _SECONDS_AFTER_ALL:
                 self.end()
                 return 0
+            if gone is None and all(each.process.poll() is not None for each in self._agents):
+                gone = now
+            if gone is not None and now - gone > _SECONDS_FOR_THE_REST:
+                break
             if now - began > start_timeout and len(self._started) < self._size and not self.ends:
                 raise LauncherError(
                     f"not all ranks had started after {start_timeout:g} s: "

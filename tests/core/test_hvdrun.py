@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -625,6 +626,18 @@ def test_what_mpirun_says_is_text():
         team.go()
         team.wait(30)
     assert shown.out + shown.err == "sorry\n\n"
+
+
+def test_a_job_is_over_with_its_agents_whoever_holds_their_pipes_open():
+    """As a shared ssh connection does, and what mpirun has left on a host that was lost."""
+    team, shown = team_of(["sh", "-c", "setsid sleep 25 & echo the end"], raw=True)
+    began = time.monotonic()
+    with team:
+        team.check(30)
+        team.go()
+        team.wait(30)
+        assert time.monotonic() - began < 20
+    assert shown.out + shown.err == "the end\n"
 
 
 def test_ranks_of_which_nothing_is_heard_fail_a_job_that_mpirun_says_went_well():
