@@ -23,8 +23,8 @@ _SECONDS_BETWEEN_LOOKS = 0.1
 _SECONDS_FOR_OTHERS = 1.0
 #: What mpirun may take to end when all ranks have.
 _SECONDS_AFTER_ALL = 10.0
-#: For what is left in pipes when the agents have ended: others, such as a shared ssh connection,
-#: may hold these open for ever.
+#: How long pipes are silent before they count as read when the agents have ended: others, such as a
+#: shared ssh connection, may hold them open for ever.
 _SECONDS_FOR_THE_REST = 2.0
 #: What agents have to end their ranks, before these are killed.
 _SECONDS_TO_END = 8.0
@@ -108,9 +108,9 @@ class Team:
         began = time.monotonic()
         failed: float | None = None
         over: float | None = None
-        gone: float | None = None
+        quiet = began
         while self._open:
-            self._look(_SECONDS_BETWEEN_LOOKS)
+            heard = self._look(_SECONDS_BETWEEN_LOOKS)
             self._display.release_overdue()
             now = time.monotonic()
             if failed is None and self._has_failed():
@@ -123,9 +123,9 @@ class Team:
             if over is not None and now - over > _SECONDS_AFTER_ALL:
                 self.end()
                 return 0
-            if gone is None and all(each.process.poll() is not None for each in self._agents):
-                gone = now
-            if gone is not None and now - gone > _SECONDS_FOR_THE_REST:
+            if heard or any(each.process.poll() is None for each in self._agents):
+                quiet = now
+            if now - quiet > _SECONDS_FOR_THE_REST:
                 break
             if now - began > start_timeout and len(self._started) < self._size and not self.ends:
                 raise LauncherError(
@@ -184,9 +184,10 @@ class Team:
                 each.wait(_SECONDS_TO_END)
             self._selector.close()
 
-    def _look(self, seconds: float) -> None:
-        """Take what agents say, for `seconds` at most."""
-        for key, _ in self._selector.select(seconds):
+    def _look(self, seconds: float) -> bool:
+        """Take what agents say, for `seconds` at most; return whether there was anything."""
+        found = self._selector.select(seconds)
+        for key, _ in found:
             each: Agent = key.data
             pipe: IO[bytes] = key.fileobj  # type: ignore[assignment]
             lines, is_open = each.read(pipe)
@@ -195,6 +196,7 @@ class Team:
             if not is_open:
                 self._selector.unregister(pipe)
                 self._open -= 1
+        return bool(found)
 
     def _take(self, each: Agent, line: bytes, *, of_stdout: bool) -> None:
         record = read_record(line) if of_stdout else None
